@@ -1,0 +1,240 @@
+// The only file that knows Python: names to enumerations, addresses to pointers, GIL, errors. Shapes, dtypes, devices and
+// strides were checked by hvpfast/functional.py; addresses are those of live, contiguous arrays.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+using namespace hvpfast;
+
+namespace {
+
+template <class Value>
+Value named(const char* what, const std::string& name, const std::vector<std::pair<const char*, Value>>& table) {
+  std::string known;
+  for (const auto& [key, value] : table) {
+    if (name == key) return value;
+    known += std::string(known.empty() ? "" : ", ") + key;
+  }
+  throw std::invalid_argument(std::string(what) + " must be one of " + known + "; got '" + name + "'");
+}
+
+Activation activation_named(const std::string& name) {
+  return named<Activation>("activation", name,
+                           {{"identity", Activation::kIdentity},
+                            {"relu", Activation::kRelu},
+                            {"sigmoid", Activation::kSigmoid},
+                            {"tanh", Activation::kTanh},
+                            {"gelu", Activation::kGelu},
+                            {"gelu_tanh", Activation::kGeluTanh},
+                            {"silu", Activation::kSilu},
+                            {"softplus", Activation::kSoftplus}});
+}
+
+Loss loss_named(const std::string& name) {
+  return named<Loss>("loss", name, {{"cross_entropy", Loss::kCrossEntropy}, {"mse", Loss::kMse}});
+}
+
+Distribution distribution_named(const std::string& name) {
+  return named<Distribution>("distribution", name,
+                             {{"rademacher", Distribution::kRademacher}, {"normal", Distribution::kNormal}});
+}
+
+const Isa& isa_named(const std::string& name) {
+  if (name.empty()) return *available_isas().front();
+  std::vector<std::pair<const char*, const Isa*>> table;
+  for (const Isa* isa : available_isas()) table.emplace_back(isa->name, isa);
+  return *named<const Isa*>("isa", name, table);
+}
+
+Curvature curvature_of(bool ggn) { return ggn ? Curvature::kGgn : Curvature::kHessian; }
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// One network description, reused by every call with it.
+struct Plan {
+  std::shared_ptr<MlpSpec> spec;
+  ParameterLayout layout;
+  const Isa* isa;
+
+  Plan(std::vector<int64_t> sizes, const std::string& activation, const std::string& loss, bool mean, bool bias,
+       std::vector<double> class_weights, int64_t ignore_index, double label_smoothing, const std::string& isa_name)
+      : spec(std::make_shared<MlpSpec>()), isa(&isa_named(isa_name)) {
+    if (sizes.size() < 2 || *std::min_element(sizes.begin(), sizes.end()) < 1)
+      throw std::invalid_argument("sizes must be two or more positive widths");
+    spec->D = std::move(sizes);
+    spec->activation = activation_named(activation);
+    spec->loss = loss_named(loss);
+    spec->mean = mean;
+    spec->bias = bias;
+    spec->class_weights = std::move(class_weights);
+    spec->ignore_index = ignore_index;
+    spec->label_smoothing = label_smoothing;
+    if (!spec->class_weights.empty() && int64_t(spec->class_weights.size()) != spec->D.back())
+      throw std::invalid_argument("class_weights must have one entry per class");
+    layout = ParameterLayout(*spec);
+  }
+
+  template <class T>
+  std::unique_ptr<Linearization<T>> linearize(const LayerPointers<T>& params, uintptr_t x, int64_t x_stride, uintptr_t y,
+                                              int64_t y_stride, int64_t N, bool third_order, int threads) const {
+    if (N < 1) throw std::invalid_argument("x must have at least one sample");
+    py::gil_scoped_release release;
+    const Problem<T> problem{spec, params, pointer<const T>(x), x_stride, pointer<const void>(y), y_stride, N, third_order};
+    if constexpr (std::is_same_v<T, float>) {
+      return isa->linearize_float(problem, threads);
+    } else {
+      return isa->linearize_double(problem, threads);
+    }
+  }
+
+  // params: the address of W_1, b_1, W_2, ... one after the other.
+  template <class T>
+  std::unique_ptr<Linearization<T>> linearize_flat(uintptr_t params, uintptr_t x, int64_t x_stride, uintptr_t y,
+                                                   int64_t y_stride, int64_t N, bool third_order, int threads) const {
+    return linearize(LayerPointers<T>(pointer<const T>(params), layout), x, x_stride, y, y_stride, N, third_order, threads);
+  }
+
+  // params: one address per tensor.
+  template <class T>
+  std::unique_ptr<Linearization<T>> linearize_layers(const std::vector<uintptr_t>& params, uintptr_t x, int64_t x_stride,
+                                                     uintptr_t y, int64_t y_stride, int64_t N, bool third_order,
+                                                     int threads) const {
+    const size_t L = size_t(spec->L());
+    if (params.size() != (spec->bias ? 2 * L : L)) throw std::invalid_argument("one address per parameter tensor expected");
+    LayerPointers<T> layers;
+    layers.W.assign(L + 1, nullptr);
+    layers.b.assign(L + 1, nullptr);
+    size_t next = 0;
+    for (size_t l = 1; l <= L; ++l) {
+      layers.W[l] = pointer<const T>(params[next++]);
+      if (spec->bias) layers.b[l] = pointer<const T>(params[next++]);
+    }
+    return linearize(layers, x, x_stride, y, y_stride, N, third_order, threads);
+  }
+};
+
+template <class T>
+void bind_linearization(py::module_& m, const char* name, const char* penalty_name) {
+  using Lin = Linearization<T>;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Lin>(m, name)
+      .def_property_readonly("loss", &Lin::loss)
+      .def_property_readonly("normalizer", &Lin::normalizer)
+      .def_property_readonly("num_bytes", &Lin::num_bytes)
+      .def("gradient", [](const Lin& lin, uintptr_t out, int threads) { lin.gradient(pointer<T>(out), threads); }, Release())
+      .def(
+          "hvp",
+          [](const Lin& lin, uintptr_t tangents, int64_t K, bool ggn, uintptr_t out, int threads) {
+            lin.hvp(pointer<const T>(tangents), K, curvature_of(ggn), pointer<T>(out), threads);
+          },
+          Release())
+      .def(
+          "quadratic",
+          [](const Lin& lin, uintptr_t tangents, int64_t K, bool ggn, uintptr_t out, int threads) {
+            lin.quadratic(pointer<const T>(tangents), K, curvature_of(ggn), pointer<T>(out), threads);
+          },
+          Release())
+      .def(
+          "hvp_vjp",
+          [](const Lin& lin, uintptr_t tangents, uintptr_t cotangents, int64_t K, bool ggn, uintptr_t out, int threads) {
+            lin.hvp_vjp(pointer<const T>(tangents), pointer<const T>(cotangents), K, curvature_of(ggn), pointer<T>(out),
+                        threads);
+          },
+          Release())
+      .def(
+          "penalty",
+          [](const Lin& lin, uintptr_t tangents, int64_t K, bool ggn, int threads) {
+            return lin.penalty(pointer<const T>(tangents), nullptr, K, curvature_of(ggn), threads);
+          },
+          Release(), py::keep_alive<0, 1>())
+      .def(
+          "penalty_of_probes",
+          [](const Lin& lin, const std::string& distribution, uint64_t seed, uint32_t first, int64_t K, bool ggn, int threads) {
+            const Probes probes{distribution_named(distribution), seed, first};
+            py::gil_scoped_release release;
+            return lin.penalty(nullptr, &probes, K, curvature_of(ggn), threads);
+          },
+          py::keep_alive<0, 1>());
+  py::class_<Penalty<T>>(m, penalty_name)
+      .def_property_readonly("value", &Penalty<T>::value)
+      .def(
+          "gradient",
+          [](const Penalty<T>& penalty, double g_loss, double g_penalty, uintptr_t out, int threads) {
+            penalty.gradient(g_loss, g_penalty, pointer<T>(out), threads);
+          },
+          Release());
+}
+
+void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, uintptr_t out,
+          bool double_precision) {
+  const Stream stream =
+      distribution_named(distribution) == Distribution::kRademacher ? Stream::kRademacher : Stream::kNormal;
+  const Isa& isa = *available_isas().front();
+  if (double_precision) {
+    isa.draw_double(stream, seed, probe, begin, end, pointer<double>(out));
+  } else {
+    isa.draw_float(stream, seed, probe, begin, end, pointer<float>(out));
+  }
+}
+
+double fma_peak(double seconds, int threads, const std::string& dtype) {
+  const bool single = named<bool>("dtype", dtype, {{"float32", true}, {"float64", false}});
+  const Isa& isa = *available_isas().front();
+  std::vector<double> rate(size_t(std::max(1, threads)), 0.0);
+  py::gil_scoped_release release;
+  parallel(threads, [&](Team& team) {
+    rate[size_t(team.rank)] = single ? isa.fma_peak_float(seconds) : isa.fma_peak_double(seconds);
+  });
+  double total = 0;
+  for (double r : rate) total += r;
+  return total / 1e9;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["matrix_kernels"] = "own micro-kernels (no BLAS)";
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU engine of hvpfast: addresses in, addresses out. Use the hvpfast package instead.";
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<std::vector<int64_t>, const std::string&, const std::string&, bool, bool, std::vector<double>, int64_t,
+                    double, const std::string&>(),
+           py::arg("sizes"), py::arg("activation"), py::arg("loss"), py::arg("mean"), py::arg("bias"),
+           py::arg("class_weights"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("isa"))
+      .def_property_readonly("isa", [](const Plan& plan) { return plan.isa->name; })
+      .def("linearize_flat_float32", &Plan::linearize_flat<float>)
+      .def("linearize_flat_float64", &Plan::linearize_flat<double>)
+      .def("linearize_layers_float32", &Plan::linearize_layers<float>)
+      .def("linearize_layers_float64", &Plan::linearize_layers<double>);
+  bind_linearization<float>(m, "LinearizationFloat32", "PenaltyFloat32");
+  bind_linearization<double>(m, "LinearizationFloat64", "PenaltyFloat64");
+  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("begin"), py::arg("end"),
+        py::arg("out"), py::arg("double_precision"), "Writes entries [begin, end) of one probe.");
+  m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::arg("dtype"), "GFLOP/s of fused multiply-adds.");
+  m.def("isa", [] { return available_isas().front()->name; });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Isa* isa : available_isas()) names.emplace_back(isa->name);
+    return names;
+  });
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,37 @@
+// Scratch memory of one operation or one linearization: blocks are handed out by bumping a pointer and returned together.
+// Returned blocks are kept for the next caller (up to a bound), because fresh pages cost more than the arithmetic on them.
+#pragma once
+#include <cstddef>
+#include <vector>
+
+namespace hvpfast {
+
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena();
+
+  // `count` uninitialised elements, aligned to a cache line. Throws std::bad_alloc with the arena unchanged.
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(take_bytes(count * sizeof(T)));
+  }
+  size_t num_bytes() const { return num_bytes_; }
+
+ private:
+  struct Block {
+    char* data;
+    size_t size;
+  };
+  void* take_bytes(size_t bytes);
+
+  std::vector<Block> blocks_;
+  size_t used_ = 0;  // of the last block
+  size_t num_bytes_ = 0;
+
+  friend class BlockCache;
+};
+
+}  // namespace hvpfast

@@ -1,0 +1,117 @@
+// The CPU engine's linearization: declarations. The equations are in linearize.h, tangents.h, products.h and third_order.h.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "../ops.h"
+#include "../residuals.h"
+#include "arena.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "real.h"
+
+namespace hvpfast::HVPFAST_ISA {
+
+// Panels that one task walks through all layers: their activations stay in the caches.
+constexpr int64_t kChunkPanels = 4;
+
+// K tangents' streams over a range of panels; every array is (K, panels, D[l], kPanel).
+template <class T>
+struct Streams {
+  int64_t K = 0, first = 0, panels = 0;  // the range [first, first + panels)
+  const int64_t* D = nullptr;
+  std::vector<T*> z_dot;      // R{z_l}; the same array as a_dot for piecewise linear activations
+  std::vector<T*> a_dot;      // R{a_l}, l < L
+  std::vector<T*> a_bar_dot;  // R{dL/da_l}, l < L; the same array as z_bar_dot unless kept
+  std::vector<T*> z_bar_dot;  // R{dL/dz_l}
+
+  int64_t panel_size(int l) const { return D[l] * kPanel<T>; }
+  T* at(const std::vector<T*>& array, int l, int64_t k, int64_t panel) const {
+    return array[l] + (k * panels + panel - first) * panel_size(l);
+  }
+};
+
+template <class T>
+class CpuLinearization final : public Linearization<T> {
+ public:
+  CpuLinearization(const Problem<T>& problem, int threads);
+
+  double loss() const override { return loss_; }
+  double normalizer() const override { return normalizer_; }
+  size_t num_bytes() const override { return arena_.num_bytes(); }
+  void gradient(T* out, int threads) const override;
+  void hvp(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const override;
+  void quadratic(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const override;
+  void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature, T* out, int threads) const override;
+  std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K, Curvature curvature,
+                                      int threads) const override;
+
+ private:
+  static constexpr int NR = kPanel<T>;
+  static constexpr int W = kLanes<T>;
+  using Real = VectorReal<T>;
+
+  // linearize.h
+  void weigh_targets();
+  void primal_chunk(Range panels, T* x_scratch);
+  void activate(int l, Range panels);
+  template <Activation act>
+  void activate_as(int l, Range panels);
+  void loss_gradient(Range panels);
+
+  // tangents.h
+  Streams<T> make_streams(Arena& arena, int64_t K, Range panels, bool keep_a_bar_dot) const;
+  void first_layer_dot(const LayerPointers<T>& v, Range rows, const T* x, int64_t panels, T* z_dot) const;
+  void tangent_forward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels, const T* x) const;
+  void loss_hvp(const Streams<T>& s, int64_t k, Range panels) const;
+  void tangent_backward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels, Curvature curvature) const;
+  double quadratic_chunk(const LayerPointers<T>& v, const Streams<T>& s, int64_t k, Range panels, Curvature curvature,
+                         T* scratch) const;
+  void tangent_streams(Team& team, const T* tangents, Streams<T>& s, Range panels, Curvature curvature,
+                       T* const* x_scratch, bool first_layer_done) const;
+
+  // products.h
+  struct Factor;
+  struct Product;
+  void run_product(const Product& product, Range strips, T* scratch) const;
+  void run_products(Team& team, const std::vector<Product>& products, T* const* scratch) const;
+  size_t product_scratch(int64_t panels) const;
+  std::vector<Product> hvp_products(const Streams<T>& s, Range panels, T* out, Curvature curvature, int first_layer) const;
+
+  // third_order.h
+  void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1, T z_dot_u1_scale,
+                   T g_loss, Curvature curvature, T* out, int threads) const;
+  struct Mixed;
+  class CpuPenalty;
+  void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u, Mixed& mixed,
+                   Range panels, T g_loss, Curvature curvature) const;
+
+  // penalty.h
+  bool gram_pays() const;
+  void gram_matrix(Team& team, T* gram) const;
+
+  const T* pack_x(Range panels, T* scratch) const;
+  Range rows_of_samples(int64_t panel) const {
+    return {panel * NR, std::min(N_, (panel + 1) * NR)};
+  }
+  int threads_for(double macs, int threads) const;
+  int64_t chunks(Range panels, int64_t chunk) const { return (panels.size() + chunk - 1) / chunk; }
+  int64_t chunk_panels(int64_t panels, int threads) const;
+  int64_t super_tile(int64_t K, int arrays) const;
+  bool smooth() const { return !piecewise_linear(spec_->activation); }
+
+  Problem<T> problem_;
+  std::shared_ptr<const MlpSpec> spec_;
+  const MlpSpec& s_;
+  ParameterLayout layout_;
+  int L_;
+  const int64_t* D_;
+  int64_t N_, panels_;
+  Arena arena_;
+  Residuals<T> r_;
+  std::vector<double> panel_loss_;
+  double loss_ = 0, normalizer_ = 1;
+  double macs_ = 0;  // multiply-adds of one Hessian-vector product
+};
+
+}  // namespace hvpfast::HVPFAST_ISA
