@@ -1,6 +1,7 @@
-// One row per activation: act(z) and its first three derivatives, from the pre-activation z (never from a = act(z):
-// a (1 - a) loses the small digits of a saturated unit). Written once for any real type R that has select, exp_nonpositive,
-// log1p_unit and erfc: vectors on the CPU, scalars on a GPU.
+// One row per activation: act(z) and its first three derivatives, from the pre-activation z (never
+// from a = act(z): a (1 - a) loses the small digits of a saturated unit). Written once for any real
+// type R that has select, exp_nonpositive, log1p_unit and erfc: vectors on the CPU, scalars on a
+// GPU.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -14,7 +15,9 @@ namespace hvpfast {
 enum class Activation { kIdentity, kRelu, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu, kSoftplus };
 
 // act'' = act''' = 0 almost everywhere.
-constexpr bool piecewise_linear(Activation act) { return act == Activation::kIdentity || act == Activation::kRelu; }
+constexpr bool piecewise_linear(Activation act) {
+  return act == Activation::kIdentity || act == Activation::kRelu;
+}
 
 // act, act', act'', act''' at one point.
 template <class R>
@@ -29,7 +32,9 @@ struct ActivationRow;
 template <class Real>
 struct ActivationRow<Activation::kIdentity, Real> {
   using R = typename Real::type;
-  static HVPFAST_FN Jet<R> at(R z) { return {z, Real::constant(1), Real::constant(0), Real::constant(0)}; }
+  static HVPFAST_FN Jet<R> at(R z) {
+    return {z, Real::constant(1), Real::constant(0), Real::constant(0)};
+  }
 };
 
 template <class Real>
@@ -42,7 +47,8 @@ struct ActivationRow<Activation::kRelu, Real> {
   }
 };
 
-// s = 1 / (1 + exp(-z)) with e = exp(-|z|):  s' = e / (1 + e)^2,  1 - 2 s = -sign(z) (1 - e) / (1 + e).
+// s = 1 / (1 + exp(-z)) with e = exp(-|z|):  s' = e / (1 + e)^2,  1 - 2 s = -sign(z) (1 - e) / (1 +
+// e).
 template <class Real>
 struct ActivationRow<Activation::kSigmoid, Real> {
   using R = typename Real::type;
@@ -84,10 +90,13 @@ struct ActivationRow<Activation::kGelu, Real> {
   using R = typename Real::type;
   static HVPFAST_FN Jet<R> at(R z) {
     const R cdf = Real::constant(0.5) * Real::erfc(z * Real::constant(-0.70710678118654752440));
-    const R c = Real::clamp(z, 40);  // phi(40) underflows; powers of a larger z would meet it as inf * 0
+    const R c =
+        Real::clamp(z, 40);  // phi(40) underflows; powers of a larger z would meet it as inf * 0
     const R z2 = c * c;
-    const R pdf = Real::constant(0.39894228040143267794) * Real::exp_nonpositive(Real::constant(-0.5) * z2);
-    return {z * cdf, cdf + c * pdf, pdf * (Real::constant(2) - z2), pdf * c * (z2 - Real::constant(4))};
+    const R pdf =
+        Real::constant(0.39894228040143267794) * Real::exp_nonpositive(Real::constant(-0.5) * z2);
+    return {z * cdf, cdf + c * pdf, pdf * (Real::constant(2) - z2),
+            pdf * c * (z2 - Real::constant(4))};
   }
 };
 
@@ -107,7 +116,8 @@ struct ActivationRow<Activation::kGeluTanh, Real> {
     const R t2 = t.d2 * g1 * g1 + t.d1 * g2;
     const R t3 = t.d3 * g1 * g1 * g1 + Real::constant(3) * t.d2 * g1 * g2 + t.d1 * g3;
     const R gate = half + half * t.value;
-    return {z * gate, gate + half * x * t1, t1 + half * x * t2, Real::constant(1.5) * t2 + half * x * t3};
+    return {z * gate, gate + half * x * t1, t1 + half * x * t2,
+            Real::constant(1.5) * t2 + half * x * t3};
   }
 };
 
@@ -117,7 +127,8 @@ struct ActivationRow<Activation::kSilu, Real> {
   using R = typename Real::type;
   static HVPFAST_FN Jet<R> at(R z) {
     const Jet<R> s = ActivationRow<Activation::kSigmoid, Real>::at(z);
-    return {z * s.value, s.value + z * s.d1, Real::constant(2) * s.d1 + z * s.d2, Real::constant(3) * s.d2 + z * s.d3};
+    return {z * s.value, s.value + z * s.d1, Real::constant(2) * s.d1 + z * s.d2,
+            Real::constant(3) * s.d2 + z * s.d3};
   }
 };
 
@@ -129,9 +140,10 @@ struct ActivationRow<Activation::kSoftplus, Real> {
     const R zero = Real::constant(0), one = Real::constant(1);
     const auto linear = z > Real::constant(20);
     const Jet<R> s = ActivationRow<Activation::kSigmoid, Real>::at(z);
-    const R value = Real::select(z > zero, z, zero) + Real::log1p_unit(Real::exp_nonpositive(-Real::abs(z)));
-    return {Real::select(linear, z, value), Real::select(linear, one, s.value), Real::select(linear, zero, s.d1),
-            Real::select(linear, zero, s.d2)};
+    const R value =
+        Real::select(z > zero, z, zero) + Real::log1p_unit(Real::exp_nonpositive(-Real::abs(z)));
+    return {Real::select(linear, z, value), Real::select(linear, one, s.value),
+            Real::select(linear, zero, s.d1), Real::select(linear, zero, s.d2)};
   }
 };
 

@@ -1,5 +1,6 @@
-// The only file that knows Python: names to enumerations, addresses to pointers, GIL, errors. Shapes, dtypes, devices and
-// strides were checked by hvpfast/functional.py; addresses are those of live, contiguous arrays.
+// The only file that knows Python: names to enumerations, addresses to pointers, GIL, errors.
+// Shapes, dtypes, devices and strides were checked by hvpfast/functional.py; addresses are those of
+// live, contiguous arrays.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,13 +17,15 @@ using namespace hvpfast;
 namespace {
 
 template <class Value>
-Value named(const char* what, const std::string& name, const std::vector<std::pair<const char*, Value>>& table) {
+Value named(const char* what, const std::string& name,
+            const std::vector<std::pair<const char*, Value>>& table) {
   std::string known;
   for (const auto& [key, value] : table) {
     if (name == key) return value;
     known += std::string(known.empty() ? "" : ", ") + key;
   }
-  throw std::invalid_argument(std::string(what) + " must be one of " + known + "; got '" + name + "'");
+  throw std::invalid_argument(std::string(what) + " must be one of " + known + "; got '" + name +
+                              "'");
 }
 
 Activation activation_named(const std::string& name) {
@@ -42,8 +45,9 @@ Loss loss_named(const std::string& name) {
 }
 
 Distribution distribution_named(const std::string& name) {
-  return named<Distribution>("distribution", name,
-                             {{"rademacher", Distribution::kRademacher}, {"normal", Distribution::kNormal}});
+  return named<Distribution>(
+      "distribution", name,
+      {{"rademacher", Distribution::kRademacher}, {"normal", Distribution::kNormal}});
 }
 
 const Isa& isa_named(const std::string& name) {
@@ -66,8 +70,9 @@ struct Plan {
   ParameterLayout layout;
   const Isa* isa;
 
-  Plan(std::vector<int64_t> sizes, const std::string& activation, const std::string& loss, bool mean, bool bias,
-       std::vector<double> class_weights, int64_t ignore_index, double label_smoothing, const std::string& isa_name)
+  Plan(std::vector<int64_t> sizes, const std::string& activation, const std::string& loss,
+       bool mean, bool bias, std::vector<double> class_weights, int64_t ignore_index,
+       double label_smoothing, const std::string& isa_name)
       : spec(std::make_shared<MlpSpec>()), isa(&isa_named(isa_name)) {
     if (sizes.size() < 2 || *std::min_element(sizes.begin(), sizes.end()) < 1)
       throw std::invalid_argument("sizes must be two or more positive widths");
@@ -85,11 +90,14 @@ struct Plan {
   }
 
   template <class T>
-  std::unique_ptr<Linearization<T>> linearize(const LayerPointers<T>& params, uintptr_t x, int64_t x_stride, uintptr_t y,
-                                              int64_t y_stride, int64_t N, bool third_order, int threads) const {
+  std::unique_ptr<Linearization<T>> linearize(const LayerPointers<T>& params, uintptr_t x,
+                                              int64_t x_stride, uintptr_t y, int64_t y_stride,
+                                              int64_t N, bool third_order, int threads) const {
     if (N < 1) throw std::invalid_argument("x must have at least one sample");
     py::gil_scoped_release release;
-    const Problem<T> problem{spec, params, pointer<const T>(x), x_stride, pointer<const void>(y), y_stride, N, third_order};
+    const Problem<T> problem{
+        spec,     params, pointer<const T>(x), x_stride, pointer<const void>(y),
+        y_stride, N,      third_order};
     if constexpr (std::is_same_v<T, float>) {
       return isa->linearize_float(problem, threads);
     } else {
@@ -99,18 +107,22 @@ struct Plan {
 
   // params: the address of W_1, b_1, W_2, ... one after the other.
   template <class T>
-  std::unique_ptr<Linearization<T>> linearize_flat(uintptr_t params, uintptr_t x, int64_t x_stride, uintptr_t y,
-                                                   int64_t y_stride, int64_t N, bool third_order, int threads) const {
-    return linearize(LayerPointers<T>(pointer<const T>(params), layout), x, x_stride, y, y_stride, N, third_order, threads);
+  std::unique_ptr<Linearization<T>> linearize_flat(uintptr_t params, uintptr_t x, int64_t x_stride,
+                                                   uintptr_t y, int64_t y_stride, int64_t N,
+                                                   bool third_order, int threads) const {
+    return linearize(LayerPointers<T>(pointer<const T>(params), layout), x, x_stride, y, y_stride,
+                     N, third_order, threads);
   }
 
   // params: one address per tensor.
   template <class T>
-  std::unique_ptr<Linearization<T>> linearize_layers(const std::vector<uintptr_t>& params, uintptr_t x, int64_t x_stride,
-                                                     uintptr_t y, int64_t y_stride, int64_t N, bool third_order,
+  std::unique_ptr<Linearization<T>> linearize_layers(const std::vector<uintptr_t>& params,
+                                                     uintptr_t x, int64_t x_stride, uintptr_t y,
+                                                     int64_t y_stride, int64_t N, bool third_order,
                                                      int threads) const {
     const size_t L = size_t(spec->L());
-    if (params.size() != (spec->bias ? 2 * L : L)) throw std::invalid_argument("one address per parameter tensor expected");
+    if (params.size() != (spec->bias ? 2 * L : L))
+      throw std::invalid_argument("one address per parameter tensor expected");
     LayerPointers<T> layers;
     layers.W.assign(L + 1, nullptr);
     layers.b.assign(L + 1, nullptr);
@@ -131,7 +143,12 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
       .def_property_readonly("loss", &Lin::loss)
       .def_property_readonly("normalizer", &Lin::normalizer)
       .def_property_readonly("num_bytes", &Lin::num_bytes)
-      .def("gradient", [](const Lin& lin, uintptr_t out, int threads) { lin.gradient(pointer<T>(out), threads); }, Release())
+      .def(
+          "gradient",
+          [](const Lin& lin, uintptr_t out, int threads) {
+            lin.gradient(pointer<T>(out), threads);
+          },
+          Release())
       .def(
           "hvp",
           [](const Lin& lin, uintptr_t tangents, int64_t K, bool ggn, uintptr_t out, int threads) {
@@ -141,14 +158,16 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
       .def(
           "quadratic",
           [](const Lin& lin, uintptr_t tangents, int64_t K, bool ggn, uintptr_t out, int threads) {
-            lin.quadratic(pointer<const T>(tangents), K, curvature_of(ggn), pointer<T>(out), threads);
+            lin.quadratic(pointer<const T>(tangents), K, curvature_of(ggn), pointer<T>(out),
+                          threads);
           },
           Release())
       .def(
           "hvp_vjp",
-          [](const Lin& lin, uintptr_t tangents, uintptr_t cotangents, int64_t K, bool ggn, uintptr_t out, int threads) {
-            lin.hvp_vjp(pointer<const T>(tangents), pointer<const T>(cotangents), K, curvature_of(ggn), pointer<T>(out),
-                        threads);
+          [](const Lin& lin, uintptr_t tangents, uintptr_t cotangents, int64_t K, bool ggn,
+             uintptr_t out, int threads) {
+            lin.hvp_vjp(pointer<const T>(tangents), pointer<const T>(cotangents), K,
+                        curvature_of(ggn), pointer<T>(out), threads);
           },
           Release())
       .def(
@@ -159,7 +178,8 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
           Release(), py::keep_alive<0, 1>())
       .def(
           "penalty_of_probes",
-          [](const Lin& lin, const std::string& distribution, uint64_t seed, uint32_t first, int64_t K, bool ggn, int threads) {
+          [](const Lin& lin, const std::string& distribution, uint64_t seed, uint32_t first,
+             int64_t K, bool ggn, int threads) {
             const Probes probes{distribution_named(distribution), seed, first};
             py::gil_scoped_release release;
             return lin.penalty(nullptr, &probes, K, curvature_of(ggn), threads);
@@ -169,16 +189,16 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
       .def_property_readonly("value", &Penalty<T>::value)
       .def(
           "gradient",
-          [](const Penalty<T>& penalty, double g_loss, double g_penalty, uintptr_t out, int threads) {
-            penalty.gradient(g_loss, g_penalty, pointer<T>(out), threads);
-          },
+          [](const Penalty<T>& penalty, double g_loss, double g_penalty, uintptr_t out,
+             int threads) { penalty.gradient(g_loss, g_penalty, pointer<T>(out), threads); },
           Release());
 }
 
-void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, uintptr_t out,
-          bool double_precision) {
-  const Stream stream =
-      distribution_named(distribution) == Distribution::kRademacher ? Stream::kRademacher : Stream::kNormal;
+void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t begin,
+          int64_t end, uintptr_t out, bool double_precision) {
+  const Stream stream = distribution_named(distribution) == Distribution::kRademacher
+                            ? Stream::kRademacher
+                            : Stream::kNormal;
   const Isa& isa = *available_isas().front();
   if (double_precision) {
     isa.draw_double(stream, seed, probe, begin, end, pointer<double>(out));
@@ -216,10 +236,11 @@ py::dict build_info() {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU engine of hvpfast: addresses in, addresses out. Use the hvpfast package instead.";
   py::class_<Plan>(m, "Plan")
-      .def(py::init<std::vector<int64_t>, const std::string&, const std::string&, bool, bool, std::vector<double>, int64_t,
-                    double, const std::string&>(),
-           py::arg("sizes"), py::arg("activation"), py::arg("loss"), py::arg("mean"), py::arg("bias"),
-           py::arg("class_weights"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("isa"))
+      .def(py::init<std::vector<int64_t>, const std::string&, const std::string&, bool, bool,
+                    std::vector<double>, int64_t, double, const std::string&>(),
+           py::arg("sizes"), py::arg("activation"), py::arg("loss"), py::arg("mean"),
+           py::arg("bias"), py::arg("class_weights"), py::arg("ignore_index"),
+           py::arg("label_smoothing"), py::arg("isa"))
       .def_property_readonly("isa", [](const Plan& plan) { return plan.isa->name; })
       .def("linearize_flat_float32", &Plan::linearize_flat<float>)
       .def("linearize_flat_float64", &Plan::linearize_flat<double>)
@@ -227,9 +248,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def("linearize_layers_float64", &Plan::linearize_layers<double>);
   bind_linearization<float>(m, "LinearizationFloat32", "PenaltyFloat32");
   bind_linearization<double>(m, "LinearizationFloat64", "PenaltyFloat64");
-  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("begin"), py::arg("end"),
-        py::arg("out"), py::arg("double_precision"), "Writes entries [begin, end) of one probe.");
-  m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::arg("dtype"), "GFLOP/s of fused multiply-adds.");
+  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("begin"),
+        py::arg("end"), py::arg("out"), py::arg("double_precision"),
+        "Writes entries [begin, end) of one probe.");
+  m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::arg("dtype"),
+        "GFLOP/s of fused multiply-adds.");
   m.def("isa", [] { return available_isas().front()->name; });
   m.def("isas", [] {
     std::vector<std::string> names;

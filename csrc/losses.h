@@ -1,8 +1,9 @@
-// Per loss: value, gradient, second and third directional derivative on the logits z (C classes) of one sample, or of one
-// vector of samples side by side: class c lies at z[c * stride]. `Real` is a vector on the CPU, a scalar on a GPU.
+// Per loss: value, gradient, second and third directional derivative on the logits z (C classes) of
+// one sample, or of one vector of samples side by side: class c lies at z[c * stride]. `Real` is a
+// vector on the CPU, a scalar on a GPU.
 //
-// Softmax cross-entropy with target mass q (C) and total mass m = sum q (label smoothing, class weights, ignored targets
-// are all choices of q), p = softmax(z), w = m / normalizer:
+// Softmax cross-entropy with target mass q (C) and total mass m = sum q (label smoothing, class
+// weights, ignored targets are all choices of q), p = softmax(z), w = m / normalizer:
 //   loss      m logsumexp(z) - <q, z>
 //   gradient  w p - q / normalizer
 //   D2[u]     w p * (u - <p, u>)
@@ -13,7 +14,8 @@
 
 namespace hvpfast {
 
-// p = softmax(z); returns logsumexp(z). The largest logit is subtracted first: exp overflows above 88 in float32.
+// p = softmax(z); returns logsumexp(z). The largest logit is subtracted first: exp overflows above
+// 88 in float32.
 template <class Real, class T>
 HVPFAST_FN typename Real::type softmax(const T* z, int C, int stride, T* p) {
   using R = typename Real::type;
@@ -40,24 +42,29 @@ HVPFAST_FN typename Real::type class_mean(const T* p, const T* u, int C, int str
 
 // out = w p * (u - <p, u>); out may be u.
 template <class Real, class T>
-HVPFAST_FN void cross_entropy_d2(const T* p, typename Real::type w, const T* u, int C, int stride, T* out) {
+HVPFAST_FN void cross_entropy_d2(const T* p, typename Real::type w, const T* u, int C, int stride,
+                                 T* out) {
   const auto mean = class_mean<Real>(p, u, C, stride);
   for (int c = 0; c < C; ++c)
-    Real::store(out + c * stride, w * Real::load(p + c * stride) * (Real::load(u + c * stride) - mean));
+    Real::store(out + c * stride,
+                w * Real::load(p + c * stride) * (Real::load(u + c * stride) - mean));
 }
 
 // out += D3[u, v]
 template <class Real, class T>
-HVPFAST_FN void add_cross_entropy_d3(const T* p, typename Real::type w, const T* u, const T* v, int C, int stride, T* out) {
+HVPFAST_FN void add_cross_entropy_d3(const T* p, typename Real::type w, const T* u, const T* v,
+                                     int C, int stride, T* out) {
   const auto mean_u = class_mean<Real>(p, u, C, stride);
   const auto mean_v = class_mean<Real>(p, v, C, stride);
   auto covariance = Real::constant(0);
   for (int c = 0; c < C; ++c)
-    covariance += Real::load(p + c * stride) * (Real::load(u + c * stride) - mean_u) * (Real::load(v + c * stride) - mean_v);
+    covariance += Real::load(p + c * stride) * (Real::load(u + c * stride) - mean_u) *
+                  (Real::load(v + c * stride) - mean_v);
   for (int c = 0; c < C; ++c) {
-    const auto product = (Real::load(u + c * stride) - mean_u) * (Real::load(v + c * stride) - mean_v);
-    Real::store(out + c * stride,
-                Real::load(out + c * stride) + w * Real::load(p + c * stride) * (product - covariance));
+    const auto product =
+        (Real::load(u + c * stride) - mean_u) * (Real::load(v + c * stride) - mean_v);
+    Real::store(out + c * stride, Real::load(out + c * stride) +
+                                      w * Real::load(p + c * stride) * (product - covariance));
   }
 }
 

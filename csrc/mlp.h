@@ -25,13 +25,16 @@ struct MlpSpec {
   int L() const { return int(D.size()) - 1; }
 };
 
-// Flat parameters (P): W_1 (D[1], D[0]) row by row, b_1 (D[1]), W_2, b_2, ...: torch's parameters() order.
+// Flat parameters (P): W_1 (D[1], D[0]) row by row, b_1 (D[1]), W_2, b_2, ...: torch's parameters()
+// order.
 struct ParameterLayout {
-  std::vector<int64_t> weight, bias;  // offset of W_l and b_l, l = 1..L; bias offsets are -1 without biases
+  std::vector<int64_t> weight,
+      bias;  // offset of W_l and b_l, l = 1..L; bias offsets are -1 without biases
   int64_t P = 0;
 
   ParameterLayout() = default;
-  explicit ParameterLayout(const MlpSpec& spec) : weight(spec.D.size(), 0), bias(spec.D.size(), -1) {
+  explicit ParameterLayout(const MlpSpec& spec)
+      : weight(spec.D.size(), 0), bias(spec.D.size(), -1) {
     for (int l = 1; l <= spec.L(); ++l) {
       weight[l] = P;
       P += spec.D[l] * spec.D[l - 1];

@@ -1,11 +1,13 @@
 // The contract between Python and the kernels, one signature per operation.
 //
 // Sizes: N samples, D[0..L] widths, P parameters, K tangents.
-// Names:  z pre-activation, a activation, z_dot = R{z}, z_bar = dL/dz, z_bar_dot = R{dL/dz} (Pearlmutter 1994, R{.} the
-// derivative along a tangent). All arrays are in row-major order; T is float or double.
+// Names:  z pre-activation, a activation, z_dot = R{z}, z_bar = dL/dz, z_bar_dot = R{dL/dz}
+// (Pearlmutter 1994, R{.} the derivative along a tangent). All arrays are in row-major order; T is
+// float or double.
 //
-// linearize does the primal passes once and keeps what they leave; everything else reads that. `out` is always overwritten.
-// The caller owns params, x and every array passed in, and keeps params and x alive and unchanged while a Linearization lives.
+// linearize does the primal passes once and keeps what they leave; everything else reads that.
+// `out` is always overwritten. The caller owns params, x and every array passed in, and keeps
+// params and x alive and unchanged while a Linearization lives.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -22,10 +24,12 @@ struct Probes {
   uint32_t first;
 };
 
-// Curvature of which products are taken: the Hessian, or the generalised Gauss-Newton matrix J' (d2 loss / dz2) J.
+// Curvature of which products are taken: the Hessian, or the generalised Gauss-Newton matrix J' (d2
+// loss / dz2) J.
 enum class Curvature { kHessian, kGgn };
 
-// mean_k ||H v_k||^2 at one point, with what its gradient needs. Belongs to its Linearization, which must outlive it.
+// mean_k ||H v_k||^2 at one point, with what its gradient needs. Belongs to its Linearization,
+// which must outlive it.
 template <class T>
 class Penalty {
  public:
@@ -46,28 +50,33 @@ class Linearization {
   // out (P) = dL/dparams
   virtual void gradient(T* out, int threads) const = 0;
   // out (K, P) = H tangents
-  virtual void hvp(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const = 0;
+  virtual void hvp(const T* tangents, int64_t K, Curvature curvature, T* out,
+                   int threads) const = 0;
   // out (K) = tangents' H tangents, without forming H tangents
-  virtual void quadratic(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const = 0;
+  virtual void quadratic(const T* tangents, int64_t K, Curvature curvature, T* out,
+                         int threads) const = 0;
   // out (P) = d/dparams sum_k <cotangents_k, H tangents_k>
-  virtual void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature, T* out, int threads) const = 0;
-  // For the given tangents (K, P), K >= 1, which must outlive the result, or for probes where tangents is null: normal
-  // probes are then drawn implicitly in the first layer where that is cheaper (cpu/gram.h).
-  virtual std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K, Curvature curvature,
-                                              int threads) const = 0;
+  virtual void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature,
+                       T* out, int threads) const = 0;
+  // For the given tangents (K, P), K >= 1, which must outlive the result, or for probes where
+  // tangents is null: normal probes are then drawn implicitly in the first layer where that is
+  // cheaper (cpu/gram.h).
+  virtual std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
+                                              Curvature curvature, int threads) const = 0;
 };
 
-// What linearize is given. y: int64 (N) class labels for cross-entropy, T (N, D[L]) rows for squared error.
+// What linearize is given. y: int64 (N) class labels for cross-entropy, T (N, D[L]) rows for
+// squared error.
 template <class T>
 struct Problem {
   std::shared_ptr<const MlpSpec> spec;
   LayerPointers<T> params;
-  const T* x;          // (N, D[0]), rows x_stride apart
+  const T* x;  // (N, D[0]), rows x_stride apart
   int64_t x_stride;
   const void* y;
-  int64_t y_stride;    // rows of a squared-error target
+  int64_t y_stride;  // rows of a squared-error target
   int64_t N;
-  bool third_order;    // keep what hvp_vjp and penalty need
+  bool third_order;  // keep what hvp_vjp and penalty need
 };
 
 }  // namespace hvpfast

@@ -1,7 +1,8 @@
-// Counter-based random numbers: entry i of probe k for a seed is the same on every device, in every order, for any chunking.
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11): key = seed, counter = (block, probe, stream).
-// Values are float32 numbers in every precision. Normal draws use separate multiplications and additions only (this header
-// is compiled without contraction), so that they are bit-equal everywhere.
+// Counter-based random numbers: entry i of probe k for a seed is the same on every device, in every
+// order, for any chunking. Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11): key = seed, counter =
+// (block, probe, stream). Values are float32 numbers in every precision. Normal draws use separate
+// multiplications and additions only (this header is compiled without contraction), so that they
+// are bit-equal everywhere.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -11,24 +12,35 @@ namespace hvpfast {
 
 enum class Stream : uint32_t { kRademacher = 0, kNormal = 1, kImplicitNormal = 2 };
 
-struct Philox {
-  uint32_t word[4];
-};
+// One round on the counter c, with the round's key.
+inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
+                         uint32_t k1) {
+  // High and low words apart: compilers vectorise them so, and not as one 64-bit product.
+  const uint32_t high0 = uint32_t((uint64_t(0xD2511F53u) * c0) >> 32), low0 = 0xD2511F53u * c0;
+  const uint32_t high1 = uint32_t((uint64_t(0xCD9E8D57u) * c2) >> 32), low1 = 0xCD9E8D57u * c2;
+  c0 = high1 ^ c1 ^ k0;
+  c1 = low1;
+  c2 = high0 ^ c3 ^ k1;
+  c3 = low0;
+}
 
-inline Philox philox(uint64_t seed, uint64_t block, uint32_t probe, Stream stream) {
-  uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32), c2 = probe, c3 = uint32_t(stream);
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+// The words of `count` blocks from `first` on, side by side: word[w][i] is word w of block first +
+// i.
+template <int count>
+inline void philox(uint64_t seed, uint64_t first, uint32_t probe, Stream stream,
+                   uint32_t (&word)[4][count]) {
+  const uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int i = 0; i < count; ++i) {
+    uint32_t c0 = uint32_t(first + uint64_t(i)), c1 = uint32_t((first + uint64_t(i)) >> 32);
+    uint32_t c2 = probe, c3 = uint32_t(stream);
+#pragma GCC unroll 10
+    for (uint32_t round = 0; round < 10; ++round)
+      philox_round(c0, c1, c2, c3, k0 + round * 0x9E3779B9u, k1 + round * 0xBB67AE85u);
+    word[0][i] = c0;
+    word[1][i] = c1;
+    word[2][i] = c2;
+    word[3][i] = c3;
   }
-  return {{c0, c1, c2, c3}};
 }
 
 // Two independent standard normal numbers from two words (Box and Muller 1958), 24 bits each.
@@ -58,7 +70,8 @@ inline void normal_pair(uint32_t w0, uint32_t w1, float* first, float* second) {
   const float minus_log_u = float(24 - e) * 0.693147180559945f - log_m;
   const float r = std::sqrt(2.0f * (minus_log_u > 0.0f ? minus_log_u : 0.0f));
 
-  const int32_t v = int32_t(w1 >> 8);  // angle 2 pi v / 2^24, as a quadrant and a rest in [-pi/4, pi/4)
+  const int32_t v =
+      int32_t(w1 >> 8);  // angle 2 pi v / 2^24, as a quadrant and a rest in [-pi/4, pi/4)
   const int32_t quadrant = (v + (1 << 21)) >> 22;
   const float angle = float(v - (quadrant << 22)) * 3.7450704e-07f;
   const float a2 = angle * angle;

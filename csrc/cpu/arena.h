@@ -1,5 +1,6 @@
-// Scratch memory of one operation or one linearization: blocks are handed out by bumping a pointer and returned together.
-// Returned blocks are kept for the next caller (up to a bound), because fresh pages cost more than the arithmetic on them.
+// Scratch memory of one operation or one linearization: blocks are handed out by bumping a pointer
+// and returned together. Returned blocks are kept for the next caller (up to a bound), because
+// fresh pages cost more than the arithmetic on them.
 #pragma once
 #include <cstddef>
 #include <vector>
@@ -13,7 +14,8 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
   ~Arena();
 
-  // `count` uninitialised elements, aligned to a cache line. Throws std::bad_alloc with the arena unchanged.
+  // `count` uninitialised elements, aligned to a cache line. Throws std::bad_alloc with the arena
+  // unchanged.
   template <class T>
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));

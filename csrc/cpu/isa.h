@@ -1,4 +1,5 @@
-// The engine of one instruction set, behind a table: the same sources are compiled once per set, and one is chosen at load time.
+// The engine of one instruction set, behind a table: the same sources are compiled once per set,
+// and one is chosen at load time.
 #pragma once
 #include <memory>
 #include <string>
@@ -16,7 +17,8 @@ struct Isa {
   std::unique_ptr<Linearization<double>> (*linearize_double)(const Problem<double>&, int threads);
   // out[i - begin] = entry i of the probe, begin <= i < end
   void (*draw_float)(Stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, float* out);
-  void (*draw_double)(Stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, double* out);
+  void (*draw_double)(Stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end,
+                      double* out);
   // Multiply-adds per second of one thread in registers, times two: the roof of every kernel.
   double (*fma_peak_float)(double seconds);
   double (*fma_peak_double)(double seconds);

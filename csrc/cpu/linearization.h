@@ -1,4 +1,5 @@
-// The CPU engine's linearization: declarations. The equations are in linearize.h, tangents.h, products.h and third_order.h.
+// The CPU engine's linearization: declarations. The equations are in linearize.h, tangents.h,
+// products.h and third_order.h.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -41,10 +42,12 @@ class CpuLinearization final : public Linearization<T> {
   size_t num_bytes() const override { return arena_.num_bytes(); }
   void gradient(T* out, int threads) const override;
   void hvp(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const override;
-  void quadratic(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const override;
-  void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature, T* out, int threads) const override;
-  std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K, Curvature curvature,
-                                      int threads) const override;
+  void quadratic(const T* tangents, int64_t K, Curvature curvature, T* out,
+                 int threads) const override;
+  void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature, T* out,
+               int threads) const override;
+  std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
+                                      Curvature curvature, int threads) const override;
 
  private:
   static constexpr int NR = kPanel<T>;
@@ -61,34 +64,40 @@ class CpuLinearization final : public Linearization<T> {
 
   // tangents.h
   Streams<T> make_streams(Arena& arena, int64_t K, Range panels, bool keep_a_bar_dot) const;
-  void first_layer_dot(const LayerPointers<T>& v, Range rows, const T* x, int64_t panels, T* z_dot) const;
-  void tangent_forward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels, const T* x) const;
+  void first_layer_dot(const LayerPointers<T>& v, Range rows, const T* x, int64_t panels,
+                       T* z_dot) const;
+  void tangent_forward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels,
+                       const T* x) const;
   void loss_hvp(const Streams<T>& s, int64_t k, Range panels) const;
-  void tangent_backward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels, Curvature curvature) const;
-  double quadratic_chunk(const LayerPointers<T>& v, const Streams<T>& s, int64_t k, Range panels, Curvature curvature,
-                         T* scratch) const;
-  void tangent_streams(Team& team, const T* tangents, Streams<T>& s, Range panels, Curvature curvature,
-                       T* const* x_scratch, bool first_layer_done) const;
+  void tangent_backward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels,
+                        Curvature curvature) const;
+  double quadratic_chunk(const LayerPointers<T>& v, const Streams<T>& s, int64_t k, Range panels,
+                         Curvature curvature, T* scratch) const;
+  void tangent_streams(Team& team, const T* tangents, Streams<T>& s, Range panels,
+                       Curvature curvature, T* const* x_scratch, bool first_layer_done) const;
 
   // products.h
   struct Factor;
   struct Product;
-  void run_product(const Product& product, Range strips, T* scratch) const;
+  void run_product(const Product& product, Range strips, Range outputs, T* scratch) const;
   void run_products(Team& team, const std::vector<Product>& products, T* const* scratch) const;
   size_t product_scratch(int64_t panels) const;
-  std::vector<Product> hvp_products(const Streams<T>& s, Range panels, T* out, Curvature curvature, int first_layer) const;
+  std::vector<Product> hvp_products(const Streams<T>& s, Range panels, T* out, Curvature curvature,
+                                    int first_layer) const;
 
   // third_order.h
-  void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1, T z_dot_u1_scale,
-                   T g_loss, Curvature curvature, T* out, int threads) const;
+  void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1,
+                   T z_dot_u1_scale, T g_loss, Curvature curvature, T* out, int threads) const;
   struct Mixed;
   class CpuPenalty;
-  void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u, Mixed& mixed,
-                   Range panels, T g_loss, Curvature curvature) const;
+  void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u,
+                   Mixed& mixed, Range panels, T g_loss, Curvature curvature) const;
 
-  // penalty.h
+  // gram.h
   bool gram_pays() const;
   void gram_matrix(Team& team, T* gram) const;
+  bool implicit_pays(Distribution distribution, int64_t K) const;
+  int64_t gram_factor(const T* gram, T* factor) const;
 
   const T* pack_x(Range panels, T* scratch) const;
   Range rows_of_samples(int64_t panel) const {

@@ -2,7 +2,8 @@
 //   z_l = W_l a_{l-1} + b_l,  a_l = act(z_l)                      l = 1..L, a_0 = x
 //   z_bar_L = dloss/dz_L
 //   a_bar_l = W_{l+1}' z_bar_{l+1},  z_bar_l = s1_l * a_bar_l     l = L-1..1
-// and the residuals s1 = act'(z), s2 = act''(z) * a_bar. Samples are independent: chunks of panels walk through all layers.
+// and the residuals s1 = act'(z), s2 = act''(z) * a_bar. Samples are independent: chunks of panels
+// walk through all layers.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -35,7 +36,9 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
       N_(problem.N),
       panels_((problem.N + NR - 1) / NR) {
   constexpr size_t kMostKeptInput = size_t(64) << 20;
-  const auto residual = [&](int l) { return arena_.template take<T>(size_t(panels_ * NR * D_[l])); };
+  const auto residual = [&](int l) {
+    return arena_.template take<T>(size_t(panels_ * NR * D_[l]));
+  };
   const bool keep_z = problem.third_order && smooth();
   r_.a.resize(L_ + 1), r_.s1.resize(L_ + 1), r_.s2.resize(L_ + 1), r_.z_bar.resize(L_ + 1);
   r_.z.resize(L_ + 1), r_.a_bar.resize(L_ + 1);
@@ -51,7 +54,8 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
   weigh_targets();
   panel_loss_.resize(panels_);
 
-  for (int l = 1; l <= L_; ++l) macs_ += (l == 1 ? 2.0 : 6.0) * double(N_) * double(D_[l]) * double(D_[l - 1]);
+  for (int l = 1; l <= L_; ++l)
+    macs_ += (l == 1 ? 2.0 : 6.0) * double(N_) * double(D_[l]) * double(D_[l - 1]);
   const int team_size = threads_for(macs_ / 2, threads);
   const int64_t chunk = chunk_panels(panels_, team_size);
   Arena scratch;
@@ -66,10 +70,10 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
   for (double panel : panel_loss_) loss_ += panel;
 }
 
-// Small jobs run on one thread: a barrier costs as much as ten thousand multiply-adds.
+// Below some ten microseconds of work one thread is faster than waking a second.
 template <class T>
 int CpuLinearization<T>::threads_for(double macs, int threads) const {
-  constexpr double kSerialMacs = 4e5;
+  constexpr double kSerialMacs = 6e5;
   return macs < kSerialMacs ? 1 : std::max(1, threads);
 }
 
@@ -84,14 +88,15 @@ const T* CpuLinearization<T>::pack_x(Range panels, T* scratch) const {
   if (r_.x && !scratch) return r_.x + panels.begin * D_[0] * NR;
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     const Range samples = rows_of_samples(p);
-    panel_from_rows(problem_.x + samples.begin * problem_.x_stride, problem_.x_stride, int(samples.size()), D_[0],
-                    scratch + (p - panels.begin) * D_[0] * NR);
+    panel_from_rows(problem_.x + samples.begin * problem_.x_stride, problem_.x_stride,
+                    int(samples.size()), D_[0], scratch + (p - panels.begin) * D_[0] * NR);
   }
   return scratch;
 }
 
 // Per-sample weights w and the loss normalizer. Cross-entropy: target mass of sample n
-// m_n = (1 - smoothing) c_{y_n} + smoothing / C sum_c c_c with class weights c; the mean divides by sum_n c_{y_n} as torch does.
+// m_n = (1 - smoothing) c_{y_n} + smoothing / C sum_c c_c with class weights c; the mean divides by
+// sum_n c_{y_n} as torch does.
 template <class T>
 void CpuLinearization<T>::weigh_targets() {
   const int64_t C = D_[L_];
@@ -112,9 +117,10 @@ void CpuLinearization<T>::weigh_targets() {
   for (int64_t n = 0; n < N_; ++n) {
     if (y[n] == s_.ignore_index) continue;
     if (y[n] < 0 || y[n] >= C)
-      throw std::invalid_argument("y must hold class labels in [0, " + std::to_string(C) + ")" +
-                                  " or ignore_index = " + std::to_string(s_.ignore_index) + "; got y[" +
-                                  std::to_string(n) + "] = " + std::to_string(y[n]));
+      throw std::invalid_argument("labels must be in [0, " + std::to_string(C) +
+                                  ") or equal ignore_index=" + std::to_string(s_.ignore_index) +
+                                  "; got y[" + std::to_string(n) + "] = " + std::to_string(y[n]) +
+                                  ". Is the last layer as wide as there are classes?");
     const double c = weighted ? s_.class_weights[size_t(y[n])] : 1.0;
     counted += c;
     r_.weight[n] = T((1.0 - s_.label_smoothing) * c + smooth_mass);
@@ -122,7 +128,8 @@ void CpuLinearization<T>::weigh_targets() {
   if (!s_.mean) return;
   if (!(counted > 0))
     throw std::invalid_argument(
-        "the mean cross-entropy is undefined: every target is ignore_index or has class weight zero; drop this batch or "
+        "the mean cross-entropy is undefined: every target is ignore_index or has class weight "
+        "zero; drop this batch or "
         "use reduction='sum'");
   normalizer_ = counted;
   for (int64_t n = 0; n < N_; ++n) r_.weight[n] = T(double(r_.weight[n]) / counted);
@@ -144,7 +151,8 @@ void CpuLinearization<T>::primal_chunk(Range panels, T* x_scratch) {
   for (int l = L_ - 1; l >= 1; --l) {
     const int64_t first = panels.begin * D_[l] * NR;
     T* z_bar = r_.z_bar[l] + first;
-    const LayerTerm<T> term{params.W[l + 1], D_[l], r_.z_bar[l + 1] + panels.begin * D_[l + 1] * NR, D_[l + 1] * NR};
+    const LayerTerm<T> term{params.W[l + 1], D_[l], r_.z_bar[l + 1] + panels.begin * D_[l + 1] * NR,
+                            D_[l + 1] * NR};
     multiply_panels<T, true>(&term, 1, D_[l + 1], {0, D_[l]}, count, z_bar, D_[l] * NR);
     const T* s1 = r_.s1[l] + first;
     T* s2 = smooth() ? r_.s2[l] + first : nullptr;
@@ -161,14 +169,22 @@ void CpuLinearization<T>::primal_chunk(Range panels, T* x_scratch) {
 template <class T>
 void CpuLinearization<T>::activate(int l, Range panels) {
   switch (s_.activation) {
-    case Activation::kIdentity: return activate_as<Activation::kIdentity>(l, panels);
-    case Activation::kRelu: return activate_as<Activation::kRelu>(l, panels);
-    case Activation::kSigmoid: return activate_as<Activation::kSigmoid>(l, panels);
-    case Activation::kTanh: return activate_as<Activation::kTanh>(l, panels);
-    case Activation::kGelu: return activate_as<Activation::kGelu>(l, panels);
-    case Activation::kGeluTanh: return activate_as<Activation::kGeluTanh>(l, panels);
-    case Activation::kSilu: return activate_as<Activation::kSilu>(l, panels);
-    case Activation::kSoftplus: return activate_as<Activation::kSoftplus>(l, panels);
+    case Activation::kIdentity:
+      return activate_as<Activation::kIdentity>(l, panels);
+    case Activation::kRelu:
+      return activate_as<Activation::kRelu>(l, panels);
+    case Activation::kSigmoid:
+      return activate_as<Activation::kSigmoid>(l, panels);
+    case Activation::kTanh:
+      return activate_as<Activation::kTanh>(l, panels);
+    case Activation::kGelu:
+      return activate_as<Activation::kGelu>(l, panels);
+    case Activation::kGeluTanh:
+      return activate_as<Activation::kGeluTanh>(l, panels);
+    case Activation::kSilu:
+      return activate_as<Activation::kSilu>(l, panels);
+    case Activation::kSoftplus:
+      return activate_as<Activation::kSoftplus>(l, panels);
   }
   throw std::logic_error("unknown activation");
 }
@@ -216,32 +232,40 @@ void CpuLinearization<T>::loss_gradient(Range panels) {
           loss += double(error) * double(error);
         }
       loss *= inverse;
-      for_vectors<T>(1, C, [&](int64_t, int64_t at) { store(z + at, load(z + at) * load(weight + at % NR)); });
+      for_vectors<T>(
+          1, C, [&](int64_t, int64_t at) { store(z + at, load(z + at) * load(weight + at % NR)); });
     } else {
       T* probability = r_.p + p * C * NR;
       alignas(64) T log_sum[NR];
-      for (int v = 0; v < NR; v += W) store(log_sum + v, softmax<Real>(z + v, C, NR, probability + v));
+      for (int v = 0; v < NR; v += W)
+        store(log_sum + v, softmax<Real>(z + v, C, NR, probability + v));
       const int64_t* y = static_cast<const int64_t*>(problem_.y);
       const double share = s_.label_smoothing / C;
       const bool weighted = !s_.class_weights.empty();
-      for (int64_t n = samples.begin; n < samples.end; ++n) {  // loss_n = m logsumexp(z) - <q, z>
+      const auto minus_log_p = [&](int64_t c, int64_t i) {
+        return double(log_sum[i]) - double(z[c * NR + i]);
+      };
+      for (int64_t n = samples.begin; n < samples.end; ++n) {  // loss_n = -<q, log p>
         if (y[n] == s_.ignore_index) continue;
         const int64_t i = n - samples.begin;
-        const double q = (1.0 - s_.label_smoothing) * (weighted ? s_.class_weights[size_t(y[n])] : 1.0);
-        double sample = double(weight[i]) * double(log_sum[i]) - q * inverse * double(z[y[n] * NR + i]);
-        if (share > 0)
-          for (int c = 0; c < C; ++c)
-            sample -= share * (weighted ? s_.class_weights[size_t(c)] : 1.0) * inverse * double(z[c * NR + i]);
-        loss += sample;
+        const double q =
+            (1.0 - s_.label_smoothing) * (weighted ? s_.class_weights[size_t(y[n])] : 1.0);
+        double sample = q * minus_log_p(y[n], i);
+        for (int c = 0; share > 0 && c < C; ++c)
+          sample += share * (weighted ? s_.class_weights[size_t(c)] : 1.0) * minus_log_p(c, i);
+        loss += sample * inverse;
       }
-      for_vectors<T>(1, C, [&](int64_t, int64_t at) { store(z + at, load(weight + at % NR) * load(probability + at)); });
+      for_vectors<T>(1, C, [&](int64_t, int64_t at) {
+        store(z + at, load(weight + at % NR) * load(probability + at));
+      });
       for (int64_t n = samples.begin; n < samples.end; ++n) {  // z_bar = w p - q / normalizer
         if (y[n] == s_.ignore_index) continue;
         const int64_t i = n - samples.begin;
         if (share > 0)
           for (int c = 0; c < C; ++c)
             z[c * NR + i] -= T(share * (weighted ? s_.class_weights[size_t(c)] : 1.0) * inverse);
-        z[y[n] * NR + i] -= T((1.0 - s_.label_smoothing) * (weighted ? s_.class_weights[size_t(y[n])] : 1.0) * inverse);
+        z[y[n] * NR + i] -= T((1.0 - s_.label_smoothing) *
+                              (weighted ? s_.class_weights[size_t(y[n])] : 1.0) * inverse);
       }
     }
     panel_loss_[p] = loss;

@@ -5,12 +5,14 @@
 
 namespace hvpfast::HVPFAST_ISA {
 
-// Panels whose streams (so many arrays of K tangents) fit in a share of the last-level cache; at least one chunk.
+// Panels whose streams (so many arrays of K tangents) fit in a share of the last-level cache; at
+// least one chunk.
 template <class T>
 int64_t CpuLinearization<T>::super_tile(int64_t K, int arrays) const {
   constexpr double kStreamBytes = 8e6;
   double per_panel = 0;
-  for (int l = 1; l <= L_; ++l) per_panel += double(D_[l]) * NR * sizeof(T) * arrays * double(std::max<int64_t>(K, 1));
+  for (int l = 1; l <= L_; ++l)
+    per_panel += double(D_[l]) * NR * sizeof(T) * arrays * double(std::max<int64_t>(K, 1));
   const int64_t panels = int64_t(kStreamBytes / per_panel) / kProductPanels * kProductPanels;
   return std::min(panels_, std::max(panels, kProductPanels));
 }
@@ -23,31 +25,35 @@ void CpuLinearization<T>::gradient(T* out, int threads) const {
   for (T*& s : scratch) s = arena.template take<T>(product_scratch(panels_));
   std::vector<Product> products;
   for (int l = 1; l <= L_; ++l)
-    products.push_back({l, 1, out, {0, panels_}, false, {{r_.z_bar[l], 0, l > 1 ? r_.a[l - 1] : nullptr, 0}}});
+    products.push_back(
+        {l, 1, out, {0, panels_}, false, {{r_.z_bar[l], 0, l > 1 ? r_.a[l - 1] : nullptr, 0}}});
   parallel(team_size, [&](Team& team) { run_products(team, products, scratch.data()); });
 }
 
-// (H v_k)_l = z_bar_dot_l a_{l-1}' + z_bar_l a_dot_{l-1}' for l >= first_layer; second term: Hessian only.
+// (H v_k)_l = z_bar_dot_l a_{l-1}' + z_bar_l a_dot_{l-1}' for l >= first_layer; second term:
+// Hessian only.
 template <class T>
-std::vector<typename CpuLinearization<T>::Product> CpuLinearization<T>::hvp_products(const Streams<T>& s, Range panels, T* out,
-                                                                                     Curvature curvature,
-                                                                                     int first_layer) const {
+std::vector<typename CpuLinearization<T>::Product> CpuLinearization<T>::hvp_products(
+    const Streams<T>& s, Range panels, T* out, Curvature curvature, int first_layer) const {
   std::vector<Product> products;
   for (int l = first_layer; l <= L_; ++l) {
-    const auto residual = [&](const std::vector<T*>& array, int layer) { return array[layer] + panels.begin * D_[layer] * NR; };
+    const auto residual = [&](const std::vector<T*>& array, int layer) {
+      return array[layer] + panels.begin * D_[layer] * NR;
+    };
     Product product{l, s.K, out, panels, panels.begin > 0, {}};
     product.factors.push_back({s.at(s.z_bar_dot, l, 0, panels.begin), s.panels * s.panel_size(l),
                                l > 1 ? residual(r_.a, l - 1) : nullptr, 0});
     if (l > 1 && curvature == Curvature::kHessian)
-      product.factors.push_back(
-          {residual(r_.z_bar, l), 0, s.at(s.a_dot, l - 1, 0, panels.begin), s.panels * s.panel_size(l - 1)});
+      product.factors.push_back({residual(r_.z_bar, l), 0, s.at(s.a_dot, l - 1, 0, panels.begin),
+                                 s.panels * s.panel_size(l - 1)});
     products.push_back(std::move(product));
   }
   return products;
 }
 
 template <class T>
-void CpuLinearization<T>::hvp(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const {
+void CpuLinearization<T>::hvp(const T* tangents, int64_t K, Curvature curvature, T* out,
+                              int threads) const {
   if (K == 0) return;
   Arena arena;
   const int64_t tile = super_tile(K, smooth() ? 3 : 2);
@@ -69,7 +75,8 @@ void CpuLinearization<T>::hvp(const T* tangents, int64_t K, Curvature curvature,
 }
 
 template <class T>
-void CpuLinearization<T>::quadratic(const T* tangents, int64_t K, Curvature curvature, T* out, int threads) const {
+void CpuLinearization<T>::quadratic(const T* tangents, int64_t K, Curvature curvature, T* out,
+                                    int threads) const {
   const int team_size = threads_for(double(K) * macs_ / 2, threads);
   // Partial sums belong to chunks, whose size must not depend on the number of threads.
   const int64_t chunk = panels_ <= 2 * kChunkPanels ? 1 : kChunkPanels;
@@ -93,7 +100,8 @@ void CpuLinearization<T>::quadratic(const T* tangents, int64_t K, Curvature curv
       for (int64_t k = k_begin; k < k_end; ++k) {
         const LayerPointers<T> v(tangents + k * layout_.P, layout_);
         tangent_forward(v, s, 0, panels, x);
-        partial[size_t(k * num_chunks + i)] = quadratic_chunk(v, s, 0, panels, curvature, scratch[team.rank]);
+        partial[size_t(k * num_chunks + i)] =
+            quadratic_chunk(v, s, 0, panels, curvature, scratch[team.rank]);
       }
     };
     if (r_.x) {
@@ -119,7 +127,8 @@ std::unique_ptr<Linearization<T>> linearize(const Problem<T>& problem, int threa
 #define HVPFAST_STRING(name) #name
 #define HVPFAST_NAME(name) HVPFAST_STRING(name)
 extern const Isa kIsa;
-const Isa kIsa = {HVPFAST_NAME(HVPFAST_ISA), kVectorBytes,       linearize<float>, linearize<double>,
-                  draw_probe<float>,         draw_probe<double>, fma_peak<float>,  fma_peak<double>};
+const Isa kIsa = {HVPFAST_NAME(HVPFAST_ISA), kVectorBytes,      linearize<float>,
+                  linearize<double>,         draw_probe<float>, draw_probe<double>,
+                  fma_peak<float>,           fma_peak<double>};
 
 }  // namespace hvpfast::HVPFAST_ISA

@@ -1,5 +1,6 @@
-// Moves between layouts: rows of samples (n, features), panels (panels, d, kPanel) and strips (n, kPanel features).
-// A strip is the right operand of a product over samples; a panel is the right operand of a product over features.
+// Moves between layouts: rows of samples (n, features), panels (panels, d, kPanel) and strips (n,
+// kPanel features). A strip is the right operand of a product over samples; a panel is the right
+// operand of a product over features.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -71,7 +72,8 @@ void panel_from_rows(const T* rows, ptrdiff_t row_stride, int count, int64_t d, 
   int n = 0;
   for (; n + W <= count; n += W) {
     int64_t j = 0;
-    for (; j + W <= d; j += W) transpose_block(rows + n * row_stride + j, row_stride, panel + j * NR + n, NR);
+    for (; j + W <= d; j += W)
+      transpose_block(rows + n * row_stride + j, row_stride, panel + j * NR + n, NR);
     for (; j < d; ++j)
       for (int i = 0; i < W; ++i) panel[j * NR + n + i] = rows[(n + i) * row_stride + j];
   }
@@ -81,13 +83,15 @@ void panel_from_rows(const T* rows, ptrdiff_t row_stride, int count, int64_t d, 
     for (int64_t j = 0; j < d; ++j) panel[j * NR + n] = T(0);
 }
 
-// Rows of samples from one panel: the inverse of panel_from_rows, for `width` <= kPanel features into a strip (kPanel, kPanel).
+// Rows of samples from one panel: the inverse of panel_from_rows, for `width` <= kPanel features
+// into a strip (kPanel, kPanel).
 template <class T>
 void strip_from_panel(const T* panel_rows, int width, T* strip) {
   constexpr int W = kLanes<T>, NR = kPanel<T>;
   for (int n = 0; n < NR; n += W) {
     int j = 0;
-    for (; j + W <= width; j += W) transpose_block(panel_rows + j * NR + n, NR, strip + n * NR + j, NR);
+    for (; j + W <= width; j += W)
+      transpose_block(panel_rows + j * NR + n, NR, strip + n * NR + j, NR);
     for (; j < width; ++j)
       for (int i = 0; i < W; ++i) strip[(n + i) * NR + j] = panel_rows[j * NR + n + i];
     for (; j < NR; ++j)

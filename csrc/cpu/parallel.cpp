@@ -19,17 +19,24 @@ inline void pause() {
 #endif
 }
 
-// Waits until `done` holds: spins for some microseconds (a wake-up from sleep costs tens of them), then yields.
+// Waits for `done` to hold at most `tries` times: spins for a few microseconds (a wake-up from
+// sleep costs tens of them), then yields in between, for the thread that is waited for may want
+// this very core.
 template <class Condition>
-void spin_until(Condition done) {
-  for (int i = 0; !done(); ++i) {
-    if (i < 4000) {
+bool wait_until(Condition done, int64_t tries) {
+  constexpr int64_t kSpins = 200;
+  for (int64_t i = 0; i < tries; ++i) {
+    if (done()) return true;
+    if (i < kSpins) {
       pause();
     } else {
       sched_yield();
     }
   }
+  return false;
 }
+constexpr int64_t kForever = INT64_MAX;
+constexpr int64_t kIdleTries = 400;  // of a worker, before it sleeps
 
 class Pool {
  public:
@@ -52,7 +59,7 @@ class Pool {
     }
     Team team(0, size, &shared);
     body(team);
-    spin_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; });
+    wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; }, kForever);
   }
 
  private:
@@ -64,8 +71,8 @@ class Pool {
   void serve(Worker* worker) {
     uint32_t seen = 0;
     for (;;) {
-      for (int i = 0; i < 4000 && worker->calls.load(std::memory_order_acquire) == seen; ++i) pause();
-      worker->calls.wait(seen, std::memory_order_acquire);
+      const auto called = [&] { return worker->calls.load(std::memory_order_acquire) != seen; };
+      if (!wait_until(called, kIdleTries)) worker->calls.wait(seen, std::memory_order_acquire);
       ++seen;
       Team team(worker->rank, size_, shared_);
       (*body_)(team);
@@ -82,7 +89,8 @@ class Pool {
 
 struct Process {
   std::mutex busy;
-  Pool* pool = new Pool;  // never destroyed: its threads are detached and sleep until the process ends
+  Pool* pool =
+      new Pool;  // never destroyed: its threads are detached and sleep until the process ends
 };
 
 Process* process() {
@@ -107,7 +115,7 @@ void Team::barrier() {
     shared_->next.store(0, std::memory_order_relaxed);
     shared_->epoch.store(epoch + 1, std::memory_order_release);
   } else {
-    spin_until([&] { return shared_->epoch.load(std::memory_order_acquire) != epoch; });
+    wait_until([&] { return shared_->epoch.load(std::memory_order_acquire) != epoch; }, kForever);
   }
 }
 

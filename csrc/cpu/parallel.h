@@ -1,5 +1,6 @@
-// One thread pool for the process. A parallel region runs the same function on every member of a team; inside it,
-// for_each hands out tasks and ends with a barrier. No result depends on who runs which task.
+// One thread pool for the process. A parallel region runs the same function on every member of a
+// team; inside it, for_each hands out tasks and ends with a barrier. No result depends on who runs
+// which task.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -21,7 +22,8 @@ class Team {
   const int rank;
   const int size;
 
-  // body(i) once for every i in [0, count), by whichever member is free; all are done when it returns.
+  // body(i) once for every i in [0, count), by whichever member is free; all are done when it
+  // returns.
   template <class Body>
   void for_each(int64_t count, Body&& body) {
     if (size == 1) {
@@ -37,7 +39,8 @@ class Team {
   Shared* shared_;
 };
 
-// Runs body on a team of at most `threads` members: of one member where the pool is busy with another caller.
+// Runs body on a team of at most `threads` members: of one member where the pool is busy with
+// another caller.
 void parallel(int threads, const std::function<void(Team&)>& body);
 
 }  // namespace hvpfast

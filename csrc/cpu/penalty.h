@@ -1,42 +1,21 @@
-// mean_k ||H v_k||^2 and its gradient 2/K sum_k T[v_k, H v_k] (T: the third derivative), merged with the loss gradient.
+// mean_k ||H v_k||^2 and its gradient 2/K sum_k T[v_k, H v_k] (T: the third derivative), merged
+// with the loss gradient.
 //
-// With few samples, N < 2 D[0], the first layer's block of u = H v is never formed: G = z_bar_dot_1 gives u_1 = G [X 1], and
-//   ||u_1||^2 = <G, G Gamma>,   u_1 [x; 1] = G Gamma,   Gamma = X X' + 1 1'                    (exact)
+// With few samples, N < 2 D[0], the first layer's block of u = H v is never formed: G = z_bar_dot_1
+// gives u_1 = G [X 1], and
+//   ||u_1||^2 = <G, G Gamma>,   u_1 [x; 1] = G Gamma,   Gamma = X X' + 1 1' (exact)
+// and for normal probes drawn here the first layer's z_dot = V_1 [x; 1] is drawn itself: its rows
+// are N(0, Gamma).
 #pragma once
-#include "../probes.h"
-#include "third_order.h"
+#include "gram.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
 template <class T>
-void draw_probe(Stream stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, T* out);
-
-// One pass over the samples' inner products against two over the first layer's weights; the samples must fit one tile.
-template <class T>
-bool CpuLinearization<T>::gram_pays() const {
-  constexpr int64_t kMostSamples = 256;
-  return r_.x && L_ >= 2 && N_ <= kMostSamples && N_ < D_[0] && D_[0] * D_[1] >= 16384;
-}
-
-// Gamma in panels (panels, panels * kPanel, kPanel); rows of padding samples are zero.
-template <class T>
-void CpuLinearization<T>::gram_matrix(Team& team, T* gram) const {
-  const int64_t rows = panels_ * NR;
-  team.for_each(panels_ * panels_, [&](int64_t task) {
-    const int64_t p = task % panels_;
-    const Range samples = rows_of_samples(task / panels_);
-    const LayerTerm<T> term{problem_.x, problem_.x_stride, r_.x + p * D_[0] * NR, 0};
-    T* panel = gram + p * rows * NR;
-    multiply_panels<T, false>(&term, 1, D_[0], samples, 1, panel, 0);
-    for (int64_t i = samples.begin * NR; s_.bias && i < samples.end * NR; i += W) store(panel + i, load(panel + i) + T(1));
-    std::fill(panel + samples.end * NR, panel + (task / panels_ + 1) * NR * NR, T(0));
-  });
-}
-
-template <class T>
 class CpuLinearization<T>::CpuPenalty final : public Penalty<T> {
  public:
-  CpuPenalty(const CpuLinearization& lin, const T* tangents, const Probes* probes, int64_t K, Curvature curvature, int threads);
+  CpuPenalty(const CpuLinearization& lin, const T* tangents, const Probes* probes, int64_t K,
+             Curvature curvature, int threads);
   double value() const override { return value_; }
   void gradient(double g_loss, double g_penalty, T* out, int threads) const override;
 
@@ -44,7 +23,8 @@ class CpuLinearization<T>::CpuPenalty final : public Penalty<T> {
   // Sums of squares are added block by block in order: no sum depends on the threads.
   static constexpr int64_t kBlock = 16384;
 
-  void draw(Team& team, const Probes& probes, T* tangents) const;
+  void draw(Team& team, const Probes& probes, T* tangents, int64_t begin) const;
+  void draw_first_layer(Team& team, const Probes& probes, const T* factor, int64_t rank, T* xi);
   void first_layer_norms(Team& team, const T* gram, double* norms) const;
   void other_norms(Team& team, double* norms) const;
 
@@ -52,17 +32,18 @@ class CpuLinearization<T>::CpuPenalty final : public Penalty<T> {
   const int64_t K_;
   const Curvature curvature_;
   Arena arena_;
-  int64_t first_u_ = 0;       // entries of u from here on are formed
-  const T* tangents_;         // (K, P), the caller's or drawn
-  Streams<T> v_;              // over all panels
-  T* u_ = nullptr;            // (K, P) H v_k
-  T* z_dot_u1_ = nullptr;     // (K, panels, D[1]) u_1 [x; 1] where u_1 is not formed
+  int64_t first_u_ = 0;    // entries of u from here on are formed
+  const T* tangents_;      // (K, P), the caller's or drawn
+  Streams<T> v_;           // over all panels
+  T* u_ = nullptr;         // (K, P) H v_k
+  T* z_dot_u1_ = nullptr;  // (K, panels, D[1]) u_1 [x; 1] where u_1 is not formed
   double value_ = 0;
 };
 
 template <class T>
-CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T* tangents, const Probes* probes, int64_t K,
-                                            Curvature curvature, int threads)
+CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T* tangents,
+                                            const Probes* probes, int64_t K, Curvature curvature,
+                                            int threads)
     : lin_(lin), K_(K), curvature_(curvature), tangents_(tangents) {
   const int64_t P = lin.layout_.P, panels = lin.panels_, tile = lin.super_tile(K, 2);
   const int team_size = lin.threads_for(double(K) * lin.macs_, threads);
@@ -80,16 +61,26 @@ CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T
   std::vector<T*> scratch(team_size), x_scratch(team_size);
   for (T*& s : scratch) s = scratch_arena.template take<T>(lin.product_scratch(tile));
   if (!lin.r_.x)
-    for (T*& x : x_scratch) x = scratch_arena.template take<T>(size_t(kChunkPanels * NR * lin.D_[0]));
+    for (T*& x : x_scratch)
+      x = scratch_arena.template take<T>(size_t(kChunkPanels * NR * lin.D_[0]));
   std::vector<double> norms(size_t(K * (panels + (P - first_u_ + kBlock - 1) / kBlock)), 0.0);
 
+  const bool implicit = drawn && lin.implicit_pays(probes->distribution, K);
+  parallel(team_size, [&](Team& team) {
+    if (drawn) draw(team, *probes, drawn, implicit ? lin.layout_.weight[2] : 0);
+    if (gram) lin.gram_matrix(team, gram);
+  });
+  if (implicit) {
+    T* factor = scratch_arena.template take<T>(size_t(panels * lin.N_ * NR));
+    T* xi = scratch_arena.template take<T>(size_t(K * lin.D_[1] * lin.N_));
+    const int64_t rank = lin.gram_factor(gram, factor);
+    parallel(team_size, [&](Team& team) { draw_first_layer(team, *probes, factor, rank, xi); });
+  }
   for (int64_t first = 0; first < panels; first += tile) {
     const Range range{first, std::min(panels, first + tile)};
     const std::vector<Product> products = lin.hvp_products(v_, range, u_, curvature, gram ? 2 : 1);
     parallel(team_size, [&](Team& team) {
-      if (first == 0 && drawn) draw(team, *probes, drawn);
-      if (gram) lin.gram_matrix(team, gram);
-      lin.tangent_streams(team, tangents_, v_, range, curvature, x_scratch.data(), false);
+      lin.tangent_streams(team, tangents_, v_, range, curvature, x_scratch.data(), implicit);
       lin.run_products(team, products, scratch.data());
       if (gram) first_layer_norms(team, gram, norms.data());
       if (range.end == panels) other_norms(team, norms.data() + K * panels);
@@ -100,18 +91,39 @@ CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T
 }
 
 template <class T>
-void CpuLinearization<T>::CpuPenalty::draw(Team& team, const Probes& probes, T* tangents) const {
-  const Stream stream = probes.distribution == Distribution::kRademacher ? Stream::kRademacher : Stream::kNormal;
-  const int64_t P = lin_.layout_.P, blocks = (P + kBlock - 1) / kBlock;
+void CpuLinearization<T>::CpuPenalty::draw(Team& team, const Probes& probes, T* tangents,
+                                           int64_t begin) const {
+  const Stream stream =
+      probes.distribution == Distribution::kRademacher ? Stream::kRademacher : Stream::kNormal;
+  const int64_t P = lin_.layout_.P, blocks = (P - begin + kBlock - 1) / kBlock;
   team.for_each(K_ * blocks, [&](int64_t task) {
-    const int64_t k = task / blocks, begin = task % blocks * kBlock;
-    draw_probe(stream, probes.seed, probes.first + uint32_t(k), begin, std::min(P, begin + kBlock), tangents + k * P + begin);
+    const int64_t k = task / blocks, first = begin + task % blocks * kBlock;
+    draw_probe(stream, probes.seed, probes.first + uint32_t(k), first, std::min(P, first + kBlock),
+               tangents + k * P + first);
+  });
+}
+
+// z_dot_1 = xi F' for standard normal xi (D[1], N) and Gamma = F F'.
+template <class T>
+void CpuLinearization<T>::CpuPenalty::draw_first_layer(Team& team, const Probes& probes,
+                                                       const T* factor, int64_t rank, T* xi) {
+  const int64_t D1 = lin_.D_[1], N = lin_.N_;
+  team.for_each(K_ * D1, [&](int64_t task) {
+    const int64_t k = task / D1, i = task % D1;
+    draw_probe(Stream::kImplicitNormal, probes.seed, probes.first + uint32_t(k), i * N,
+               i * N + rank, xi + task * N);
+  });
+  team.for_each(K_ * lin_.panels_, [&](int64_t task) {
+    const int64_t k = task / lin_.panels_, p = task % lin_.panels_;
+    const LayerTerm<T> term{xi + k * D1 * N, N, factor + p * N * NR, 0};
+    multiply_panels<T, false>(&term, 1, rank, {0, D1}, 1, v_.at(v_.z_dot, 1, k, p), 0);
   });
 }
 
 // u_1 [x; 1] = G Gamma, and <G, G Gamma> of each panel.
 template <class T>
-void CpuLinearization<T>::CpuPenalty::first_layer_norms(Team& team, const T* gram, double* norms) const {
+void CpuLinearization<T>::CpuPenalty::first_layer_norms(Team& team, const T* gram,
+                                                        double* norms) const {
   const int64_t panels = lin_.panels_, D1 = lin_.D_[1];
   team.for_each(K_ * panels, [&](int64_t task) {
     const int64_t k = task / panels, p = task % panels;
@@ -119,13 +131,15 @@ void CpuLinearization<T>::CpuPenalty::first_layer_norms(Team& team, const T* gra
     T* z_dot = z_dot_u1_ + task * D1 * NR;
     const ptrdiff_t stride = NR;
     for_row_blocks<T, false>({0, D1}, [&](int64_t i, int64_t, MicroKernel<T, false> kernel) {
-      const Term<T> term{z_bar_dot + i * NR, gram + p * panels * NR * NR, NR, int(panels), D1 * NR, NR * NR};
+      const Term<T> term{
+          z_bar_dot + i * NR, gram + p * panels * NR * NR, NR, int(panels), D1 * NR, NR * NR};
       kernel(&term, 1, &stride, z_dot + i * NR, NR, false);
     });
     const T* own = z_bar_dot + p * D1 * NR;
     double sum = 0;
     for (int64_t i = 0; i < D1 * NR; i += NR)
-      sum += sum_lanes<T>(load(own + i) * load(z_dot + i) + load(own + i + W) * load(z_dot + i + W));
+      sum +=
+          sum_lanes<T>(load(own + i) * load(z_dot + i) + load(own + i + W) * load(z_dot + i + W));
     norms[task] = sum;
   });
 }
@@ -149,7 +163,8 @@ void CpuLinearization<T>::CpuPenalty::other_norms(Team& team, double* norms) con
 }
 
 template <class T>
-void CpuLinearization<T>::CpuPenalty::gradient(double g_loss, double g_penalty, T* out, int threads) const {
+void CpuLinearization<T>::CpuPenalty::gradient(double g_loss, double g_penalty, T* out,
+                                               int threads) const {
   // The cotangents are scaled, not the result: the loss gradient joins the same sums.
   const int64_t P = lin_.layout_.P;
   const T scale = T(2.0 * g_penalty / double(K_));
@@ -161,8 +176,9 @@ void CpuLinearization<T>::CpuPenalty::gradient(double g_loss, double g_penalty, 
 }
 
 template <class T>
-std::unique_ptr<Penalty<T>> CpuLinearization<T>::penalty(const T* tangents, const Probes* probes, int64_t K,
-                                                         Curvature curvature, int threads) const {
+std::unique_ptr<Penalty<T>> CpuLinearization<T>::penalty(const T* tangents, const Probes* probes,
+                                                         int64_t K, Curvature curvature,
+                                                         int threads) const {
   return std::make_unique<CpuPenalty>(*this, tangents, probes, K, curvature, threads);
 }
 

@@ -24,8 +24,10 @@ struct VectorReal {
   static HVP_INLINE R erfc(R x) { return hvpfast::HVPFAST_ISA::erfc<T>(x); }
   // tanh(x) for |x| < 0.625 (Cephes)
   static HVP_INLINE R tanh_near_zero(R x) {
-    constexpr double p[] = {-9.64399179425052238628E-1, -9.92877231001918586564E1, -1.61468768441708447952E3};
-    constexpr double q[] = {1.0, 1.12811678491632931402E2, 2.23548839060100448583E3, 4.84406305325125486048E3};
+    constexpr double p[] = {-9.64399179425052238628E-1, -9.92877231001918586564E1,
+                            -1.61468768441708447952E3};
+    constexpr double q[] = {1.0, 1.12811678491632931402E2, 2.23548839060100448583E3,
+                            4.84406305325125486048E3};
     const R x2 = x * x;
     return x + x * x2 * (polynomial<T>(x2, p) / polynomial<T>(x2, q));
   }

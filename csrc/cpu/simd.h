@@ -1,5 +1,6 @@
-// Vectors of the instruction set this file is compiled for. GCC and Clang vector extensions, so that one source serves
-// SSE2, AVX2, AVX-512 and NEON; every width below is a compile-time constant.
+// Vectors of the instruction set this file is compiled for. GCC and Clang vector extensions, so
+// that one source serves SSE2, AVX2, AVX-512 and NEON; every width below is a compile-time
+// constant.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +13,8 @@ namespace hvpfast::HVPFAST_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kRowBlock = 8;  // 8 x 2 accumulators of 32 registers; 4-cycle FMA latency x 2 ports needs 8 or more
+constexpr int kRowBlock =
+    8;  // 8 x 2 accumulators of 32 registers; 4-cycle FMA latency x 2 ports needs 8 or more
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
 constexpr int kRowBlock = 6;  // 6 x 2 accumulators + 2 panel vectors + 1 broadcast of 16 registers

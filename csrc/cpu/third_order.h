@@ -1,14 +1,19 @@
-// d/dparams sum_k <u_k, H v_k>, with tangents v_k and cotangents u_k held fixed: third order, collapsed over k. Write
-// z_v, z_u for the streams of the two tangents and z_uv for the mixed one; the mixed stream is linear, so it is summed over
-// k as it is formed and meets every W once:
-//   forward   z_uv_l     = W_l a_uv_{l-1} + sum_k (U_l a_v_{l-1} + V_l a_u_{l-1})         z_uv_1 = 0        Hessian only
-//             a_uv_l     = s1 * z_uv_l + sum_k act'' * z_v_l * z_u_l                                        Hessian only
-//   loss      z_bar_uv_L = D2[z_uv_L] + sum_k D3[z_v_L, z_u_L]                          first term: Hessian only
-//   backward  a_bar_uv_l = W_{l+1}' z_bar_uv_{l+1} + sum_k (V_{l+1}' z_bar_u_{l+1} + U_{l+1}' z_bar_v_{l+1})
+// d/dparams sum_k <u_k, H v_k>, with tangents v_k and cotangents u_k held fixed: third order,
+// collapsed over k. Write z_v, z_u for the streams of the two tangents and z_uv for the mixed one;
+// the mixed stream is linear, so it is summed over k as it is formed and meets every W once:
+//   forward   z_uv_l     = W_l a_uv_{l-1} + sum_k (U_l a_v_{l-1} + V_l a_u_{l-1})         z_uv_1 =
+//   0        Hessian only
+//             a_uv_l     = s1 * z_uv_l + sum_k act'' * z_v_l * z_u_l Hessian only
+//   loss      z_bar_uv_L = D2[z_uv_L] + sum_k D3[z_v_L, z_u_L]                          first term:
+//   Hessian only backward  a_bar_uv_l = W_{l+1}' z_bar_uv_{l+1} + sum_k (V_{l+1}' z_bar_u_{l+1} +
+//   U_{l+1}' z_bar_v_{l+1})
 //             z_bar_uv_l = s1 * a_bar_uv_l + sum_k act'' * (a_bar_u * z_v + a_bar_v * z_u)
-//                          + s2 * z_uv + sum_k act''' * a_bar * z_v * z_u               last two terms: Hessian only
-//   product   out_W_l    = z_bar_uv_l a_{l-1}' + z_bar_l a_uv_{l-1}' + sum_k (z_bar_u_l a_v_{l-1}' + z_bar_v_l a_u_{l-1}')
-//             out_b_l    = sum over samples of z_bar_uv_l                               z_bar_l term: Hessian only
+//                          + s2 * z_uv + sum_k act''' * a_bar * z_v * z_u               last two
+//                          terms: Hessian only
+//   product   out_W_l    = z_bar_uv_l a_{l-1}' + z_bar_l a_uv_{l-1}' + sum_k (z_bar_u_l a_v_{l-1}'
+//   + z_bar_v_l a_u_{l-1}')
+//             out_b_l    = sum over samples of z_bar_uv_l                               z_bar_l
+//             term: Hessian only
 // Adding g z_bar_L to z_bar_uv_L adds g dL/dparams to the result: the recursion is linear.
 #pragma once
 #include "products.h"
@@ -34,45 +39,63 @@ void second_and_third(const T* z, const T* a_bar, int64_t panels, int64_t D, T* 
 }
 
 template <class T>
-void second_and_third(Activation act, const T* z, const T* a_bar, int64_t panels, int64_t D, T* d2, T* d3) {
+void second_and_third(Activation act, const T* z, const T* a_bar, int64_t panels, int64_t D, T* d2,
+                      T* d3) {
   switch (act) {
-    case Activation::kSigmoid: return second_and_third<Activation::kSigmoid>(z, a_bar, panels, D, d2, d3);
-    case Activation::kTanh: return second_and_third<Activation::kTanh>(z, a_bar, panels, D, d2, d3);
-    case Activation::kGelu: return second_and_third<Activation::kGelu>(z, a_bar, panels, D, d2, d3);
-    case Activation::kGeluTanh: return second_and_third<Activation::kGeluTanh>(z, a_bar, panels, D, d2, d3);
-    case Activation::kSilu: return second_and_third<Activation::kSilu>(z, a_bar, panels, D, d2, d3);
-    case Activation::kSoftplus: return second_and_third<Activation::kSoftplus>(z, a_bar, panels, D, d2, d3);
+    case Activation::kSigmoid:
+      return second_and_third<Activation::kSigmoid>(z, a_bar, panels, D, d2, d3);
+    case Activation::kTanh:
+      return second_and_third<Activation::kTanh>(z, a_bar, panels, D, d2, d3);
+    case Activation::kGelu:
+      return second_and_third<Activation::kGelu>(z, a_bar, panels, D, d2, d3);
+    case Activation::kGeluTanh:
+      return second_and_third<Activation::kGeluTanh>(z, a_bar, panels, D, d2, d3);
+    case Activation::kSilu:
+      return second_and_third<Activation::kSilu>(z, a_bar, panels, D, d2, d3);
+    case Activation::kSoftplus:
+      return second_and_third<Activation::kSoftplus>(z, a_bar, panels, D, d2, d3);
     case Activation::kIdentity:
-    case Activation::kRelu: break;
+    case Activation::kRelu:
+      break;
   }
   throw std::logic_error("a piecewise linear activation has no second derivative");
 }
 
 template <class T>
-void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u,
-                                      Mixed& mixed, Range panels, T g_loss, Curvature curvature) const {
+void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v,
+                                      const Streams<T>& u, Mixed& mixed, Range panels, T g_loss,
+                                      Curvature curvature) const {
   const bool hessian = curvature == Curvature::kHessian;
   const int64_t count = panels.size(), first = panels.begin, K = v.K;
-  const auto own = [&](const std::vector<T*>& array, int l) { return array[l] + (first - mixed.first) * D_[l] * NR; };
-  const auto residual = [&](const std::vector<T*>& array, int l) { return array[l] + first * D_[l] * NR; };
-  const auto weight = [&](const T* flat, int64_t k, int l) { return flat + k * layout_.P + layout_.weight[l]; };
+  const auto own = [&](const std::vector<T*>& array, int l) {
+    return array[l] + (first - mixed.first) * D_[l] * NR;
+  };
+  const auto residual = [&](const std::vector<T*>& array, int l) {
+    return array[l] + first * D_[l] * NR;
+  };
+  const auto weight = [&](const T* flat, int64_t k, int l) {
+    return flat + k * layout_.P + layout_.weight[l];
+  };
   std::vector<LayerTerm<T>> terms;
 
   if (smooth())
     for (int l = 1; l < L_; ++l)
-      second_and_third(s_.activation, residual(r_.z, l), residual(r_.a_bar, l), count, D_[l], own(mixed.d2, l),
-                       own(mixed.d3, l));
+      second_and_third(s_.activation, residual(r_.z, l), residual(r_.a_bar, l), count, D_[l],
+                       own(mixed.d2, l), own(mixed.d3, l));
   for (int l = 1; hessian && l <= L_; ++l) {
     T* z = own(mixed.z, l);
     if (l > 1) {
       const int64_t below = D_[l - 1] * NR;
       terms.clear();
-      if (l > 2 || smooth()) terms.push_back({problem_.params.W[l], D_[l - 1], own(mixed.a, l - 1), below});
+      if (l > 2 || smooth())
+        terms.push_back({problem_.params.W[l], D_[l - 1], own(mixed.a, l - 1), below});
       for (int64_t k = 0; k < K; ++k) {
-        terms.push_back({weight(cotangents, k, l), D_[l - 1], v.at(v.a_dot, l - 1, k, first), below});
+        terms.push_back(
+            {weight(cotangents, k, l), D_[l - 1], v.at(v.a_dot, l - 1, k, first), below});
         terms.push_back({weight(tangents, k, l), D_[l - 1], u.at(u.a_dot, l - 1, k, first), below});
       }
-      multiply_panels<T, false>(terms.data(), int(terms.size()), D_[l - 1], {0, D_[l]}, count, z, D_[l] * NR);
+      multiply_panels<T, false>(terms.data(), int(terms.size()), D_[l - 1], {0, D_[l]}, count, z,
+                                D_[l] * NR);
     } else {
       std::fill(z, z + count * D_[l] * NR, T(0));
     }
@@ -80,7 +103,8 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
     T* a = own(mixed.a, l);
     const T* s1 = residual(r_.s1, l);
     if (!smooth()) {
-      for_vectors<T>(count, D_[l], [&](int64_t, int64_t at) { store(a + at, load(s1 + at) * load(z + at)); });
+      for_vectors<T>(count, D_[l],
+                     [&](int64_t, int64_t at) { store(a + at, load(s1 + at) * load(z + at)); });
       continue;
     }
     const T* d2 = own(mixed.d2, l);
@@ -109,7 +133,8 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
         for (int c = 0; c < C; ++c) store(z_bar + c * NR + at, w * load(z + c * NR + at));
       }
       for (int64_t k = 0; cross_entropy && k < K; ++k)
-        add_cross_entropy_d3<Real>(probability, w, v.at(v.z_dot, L_, k, p) + at, u.at(u.z_dot, L_, k, p) + at, C, NR, z_bar + at);
+        add_cross_entropy_d3<Real>(probability, w, v.at(v.z_dot, L_, k, p) + at,
+                                   u.at(u.z_dot, L_, k, p) + at, C, NR, z_bar + at);
       for (int c = 0; c < C; ++c)
         store(z_bar + c * NR + at, load(z_bar + c * NR + at) + g_loss * load(primal + c * NR + at));
     }
@@ -120,14 +145,19 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
     terms.clear();
     terms.push_back({problem_.params.W[l + 1], D_[l], own(mixed.z_bar, l + 1), above});
     for (int64_t k = 0; k < K; ++k) {
-      terms.push_back({weight(tangents, k, l + 1), D_[l], u.at(u.z_bar_dot, l + 1, k, first), above});
-      terms.push_back({weight(cotangents, k, l + 1), D_[l], v.at(v.z_bar_dot, l + 1, k, first), above});
+      terms.push_back(
+          {weight(tangents, k, l + 1), D_[l], u.at(u.z_bar_dot, l + 1, k, first), above});
+      terms.push_back(
+          {weight(cotangents, k, l + 1), D_[l], v.at(v.z_bar_dot, l + 1, k, first), above});
     }
     T* z_bar = own(mixed.z_bar, l);
-    multiply_panels<T, true>(terms.data(), int(terms.size()), D_[l + 1], {0, D_[l]}, count, z_bar, D_[l] * NR);
+    multiply_panels<T, true>(terms.data(), int(terms.size()), D_[l + 1], {0, D_[l]}, count, z_bar,
+                             D_[l] * NR);
     const T* s1 = residual(r_.s1, l);
     if (!smooth()) {
-      for_vectors<T>(count, D_[l], [&](int64_t, int64_t at) { store(z_bar + at, load(s1 + at) * load(z_bar + at)); });
+      for_vectors<T>(count, D_[l], [&](int64_t, int64_t at) {
+        store(z_bar + at, load(s1 + at) * load(z_bar + at));
+      });
       continue;
     }
     const T *s2 = residual(r_.s2, l), *d2 = own(mixed.d2, l), *d3 = own(mixed.d3, l);
@@ -135,8 +165,10 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
     for_vectors<T>(count, D_[l], [&](int64_t, int64_t at) {
       Vec<T> cross{}, product{};
       for (int64_t k = 0; k < K; ++k) {
-        const Vec<T> z_v = load(v.at(v.z_dot, l, k, first) + at), z_u = load(u.at(u.z_dot, l, k, first) + at);
-        cross += load(u.at(u.a_bar_dot, l, k, first) + at) * z_v + load(v.at(v.a_bar_dot, l, k, first) + at) * z_u;
+        const Vec<T> z_v = load(v.at(v.z_dot, l, k, first) + at),
+                     z_u = load(u.at(u.z_dot, l, k, first) + at);
+        cross += load(u.at(u.a_bar_dot, l, k, first) + at) * z_v +
+                 load(v.at(v.a_bar_dot, l, k, first) + at) * z_u;
         product += z_v * z_u;
       }
       Vec<T> sum = load(s1 + at) * load(z_bar + at) + load(d2 + at) * cross;
@@ -146,11 +178,12 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
   }
 }
 
-// z_dot_u1: (K, panels, D[1]) in place of the first layer's product with u, scaled by z_dot_u1_scale; null: cotangents hold
-// all layers of u.
+// z_dot_u1: (K, panels, D[1]) in place of the first layer's product with u, scaled by
+// z_dot_u1_scale; null: cotangents hold all layers of u.
 template <class T>
-void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1,
-                                      T z_dot_u1_scale, T g_loss, Curvature curvature, T* out, int threads) const {
+void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, const T* cotangents,
+                                      const T* z_dot_u1, T z_dot_u1_scale, T g_loss,
+                                      Curvature curvature, T* out, int threads) const {
   const bool hessian = curvature == Curvature::kHessian;
   const int64_t K = v.K, tile = super_tile(K, 4);
   const int team_size = threads_for(double(K) * macs_ * 2, threads);
@@ -161,11 +194,14 @@ void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, co
     for (T*& x : x_scratch) x = arena.template take<T>(size_t(kChunkPanels * NR * D_[0]));
   Streams<T> u = make_streams(arena, K, {0, tile}, true);
   Mixed mixed;
-  mixed.z.resize(L_ + 1), mixed.a.resize(L_ + 1), mixed.z_bar.resize(L_ + 1), mixed.d2.resize(L_ + 1), mixed.d3.resize(L_ + 1);
+  mixed.z.resize(L_ + 1), mixed.a.resize(L_ + 1), mixed.z_bar.resize(L_ + 1),
+      mixed.d2.resize(L_ + 1), mixed.d3.resize(L_ + 1);
   for (int l = 1; l <= L_; ++l) {
-    for (auto* array : {&mixed.z, &mixed.a, &mixed.z_bar}) (*array)[l] = arena.template take<T>(size_t(tile * D_[l] * NR));
+    for (auto* array : {&mixed.z, &mixed.a, &mixed.z_bar})
+      (*array)[l] = arena.template take<T>(size_t(tile * D_[l] * NR));
     if (smooth())
-      for (auto* array : {&mixed.d2, &mixed.d3}) (*array)[l] = arena.template take<T>(size_t(tile * D_[l] * NR));
+      for (auto* array : {&mixed.d2, &mixed.d3})
+        (*array)[l] = arena.template take<T>(size_t(tile * D_[l] * NR));
   }
   for (int64_t begin = 0; begin < panels_; begin += tile) {
     const Range panels{begin, std::min(panels_, begin + tile)};
@@ -175,12 +211,16 @@ void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, co
     for (int l = 1; l <= L_; ++l) {
       Product product{l, 1, out, panels, begin > 0, {}};
       const auto layer = [&](int64_t d) { return begin * d * NR; };
-      product.factors.push_back({mixed.z_bar[l], 0, l > 1 ? r_.a[l - 1] + layer(D_[l - 1]) : nullptr, 0});
+      product.factors.push_back(
+          {mixed.z_bar[l], 0, l > 1 ? r_.a[l - 1] + layer(D_[l - 1]) : nullptr, 0});
       if (l > 1) {
-        if (hessian && (l > 2 || smooth())) product.factors.push_back({r_.z_bar[l] + layer(D_[l]), 0, mixed.a[l - 1], 0});
+        if (hessian && (l > 2 || smooth()))
+          product.factors.push_back({r_.z_bar[l] + layer(D_[l]), 0, mixed.a[l - 1], 0});
         for (int64_t k = 0; k < K; ++k) {
-          product.factors.push_back({u.at(u.z_bar_dot, l, k, begin), 0, v.at(v.a_dot, l - 1, k, begin), 0});
-          product.factors.push_back({v.at(v.z_bar_dot, l, k, begin), 0, u.at(u.a_dot, l - 1, k, begin), 0});
+          product.factors.push_back(
+              {u.at(u.z_bar_dot, l, k, begin), 0, v.at(v.a_dot, l - 1, k, begin), 0});
+          product.factors.push_back(
+              {v.at(v.z_bar_dot, l, k, begin), 0, u.at(u.a_dot, l - 1, k, begin), 0});
         }
       }
       products.push_back(std::move(product));
@@ -194,11 +234,13 @@ void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, co
           for (int64_t at = 0; at < size; at += W) store(to + at, z_dot_u1_scale * load(from + at));
         });
       }
-      tangent_streams(team, cotangents, u, panels, curvature, x_scratch.data(), z_dot_u1 != nullptr);
+      tangent_streams(team, cotangents, u, panels, curvature, x_scratch.data(),
+                      z_dot_u1 != nullptr);
       const int64_t chunk = chunk_panels(panels.size(), team.size);
       team.for_each(chunks(panels, chunk), [&](int64_t i) {
         mixed_chunk(tangents, cotangents, v, u, mixed,
-                    {begin + i * chunk, std::min(panels.end, begin + (i + 1) * chunk)}, g_loss, curvature);
+                    {begin + i * chunk, std::min(panels.end, begin + (i + 1) * chunk)}, g_loss,
+                    curvature);
       });
       run_products(team, products, scratch.data());
     });
@@ -206,8 +248,8 @@ void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, co
 }
 
 template <class T>
-void CpuLinearization<T>::hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature, T* out,
-                                  int threads) const {
+void CpuLinearization<T>::hvp_vjp(const T* tangents, const T* cotangents, int64_t K,
+                                  Curvature curvature, T* out, int threads) const {
   if (K == 0) {
     std::fill(out, out + layout_.P, T(0));
     return;
@@ -218,7 +260,7 @@ void CpuLinearization<T>::hvp_vjp(const T* tangents, const T* cotangents, int64_
   std::vector<T*> x_scratch(team_size);
   if (!r_.x)
     for (T*& x : x_scratch) x = arena.template take<T>(size_t(kChunkPanels * NR * D_[0]));
-  parallel(team_size, [&](Team& team) { 
+  parallel(team_size, [&](Team& team) {
     tangent_streams(team, tangents, v, {0, panels_}, curvature, x_scratch.data(), false);
   });
   third_order(tangents, v, cotangents, nullptr, T(1), T(0), curvature, out, threads);

@@ -1,5 +1,6 @@
-// Elementary functions on vectors. Cody-Waite range reduction with the rational and polynomial approximations of the
-// Cephes library (S. L. Moshier, netlib.org/cephes): relative error below 2 ulp on the ranges stated.
+// Elementary functions on vectors. Cody-Waite range reduction with the rational and polynomial
+// approximations of the Cephes library (S. L. Moshier, netlib.org/cephes): relative error below 2
+// ulp on the ranges stated.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -35,7 +36,8 @@ template <class T>
 HVP_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   constexpr T kSmallest = kFloat ? T(-87.3) : T(-708.3);
-  constexpr T kShift = kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: rounds to an integer
+  constexpr T kShift =
+      kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: rounds to an integer
   const Vec<T> clamped = select<T>(x < kSmallest, broadcast(kSmallest), x);
   const Vec<T> shifted = clamped * T(1.4426950408889634) + kShift;
   const Vec<T> n = shifted - kShift;
@@ -44,14 +46,16 @@ HVP_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   if constexpr (kFloat) {
     r = clamped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    constexpr double c[] = {1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1};
+    constexpr double c[] = {1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3,
+                            4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1};
     e = polynomial<T>(r, c) * (r * r) + r + T(1);
   } else {
     r = clamped - n * 6.93145751953125E-1;
     r = r - n * 1.42860682030941723212E-6;
-    constexpr double p[] = {1.26177193074810590878E-4, 3.02994407707441961300E-2, 9.99999999999999999910E-1};
-    constexpr double q[] = {3.00198505138664455042E-6, 2.52448340349684104192E-3, 2.27265548208155028766E-1,
-                            2.00000000000000000009E0};
+    constexpr double p[] = {1.26177193074810590878E-4, 3.02994407707441961300E-2,
+                            9.99999999999999999910E-1};
+    constexpr double q[] = {3.00198505138664455042E-6, 2.52448340349684104192E-3,
+                            2.27265548208155028766E-1, 2.00000000000000000009E0};
     const Vec<T> r2 = r * r;
     const Vec<T> rp = r * polynomial<T>(r2, p);
     e = T(1) + T(2) * rp / (polynomial<T>(r2, q) - rp);
@@ -63,7 +67,7 @@ HVP_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   return select<T>(x < kSmallest, Vec<T>{}, e * (Vec<T>)bits);
 }
 
-// log(x) for normal x > 0.
+// log(x) for normal x > 0; NaN stays NaN.
 template <class T>
 HVP_INLINE Vec<T> log_positive(Vec<T> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
@@ -73,8 +77,10 @@ HVP_INLINE Vec<T> log_positive(Vec<T> x) {
   const I bits = (I)x;
   I exponent = (bits >> kMantissaBits) - (kBias - 1);
   // m in [0.5, 1)
-  Vec<T> m = (Vec<T>)((bits & ((typename std::conditional_t<kFloat, int32_t, int64_t>(1) << kMantissaBits) - 1)) |
-                      (typename std::conditional_t<kFloat, int32_t, int64_t>(kBias - 1) << kMantissaBits));
+  Vec<T> m =
+      (Vec<T>)((bits &
+                ((typename std::conditional_t<kFloat, int32_t, int64_t>(1) << kMantissaBits) - 1)) |
+               (typename std::conditional_t<kFloat, int32_t, int64_t>(kBias - 1) << kMantissaBits));
   const I low = m < T(0.70710678118654752440);
   exponent += low;  // a true lane is -1
   m = select<T>(low, m + m, m) - T(1);
@@ -82,12 +88,14 @@ HVP_INLINE Vec<T> log_positive(Vec<T> x) {
   const Vec<T> m2 = m * m;
   Vec<T> y;
   if constexpr (kFloat) {
-    constexpr double c[] = {7.0376836292E-2,  -1.1514610310E-1, 1.1676998740E-1, -1.2420140846E-1, 1.4249322787E-1,
-                            -1.6668057665E-1, 2.0000714765E-1,  -2.4999993993E-1, 3.3333331174E-1};
+    constexpr double c[] = {7.0376836292E-2,  -1.1514610310E-1, 1.1676998740E-1,
+                            -1.2420140846E-1, 1.4249322787E-1,  -1.6668057665E-1,
+                            2.0000714765E-1,  -2.4999993993E-1, 3.3333331174E-1};
     y = m * m2 * polynomial<T>(m, c);
   } else {
-    constexpr double p[] = {1.01875663804580931796E-4, 4.97494994976747001425E-1, 4.70579119878881725854E0,
-                            1.44989225341610930846E1,  1.79368678507819816313E1,  7.70838733755885391666E0};
+    constexpr double p[] = {1.01875663804580931796E-4, 4.97494994976747001425E-1,
+                            4.70579119878881725854E0,  1.44989225341610930846E1,
+                            1.79368678507819816313E1,  7.70838733755885391666E0};
     constexpr double q[] = {1.0,
                             1.12873587189167450590E1,
                             4.52279145837532221105E1,
@@ -98,10 +106,11 @@ HVP_INLINE Vec<T> log_positive(Vec<T> x) {
   }
   y = y - e * T(2.121944400546905827679e-4);
   y = y - T(0.5) * m2;
-  return m + y + e * T(0.693359375);
+  return m + y + e * T(0.693359375) + (x - x);  // the bits of a NaN look like a number above
 }
 
-// log(1 + x) for 0 <= x <= 1, relative error a few ulp: log(u) + (x - (u - 1)) / u with u = 1 + x rounded.
+// log(1 + x) for 0 <= x <= 1, relative error a few ulp: log(u) + (x - (u - 1)) / u with u = 1 + x
+// rounded.
 template <class T>
 HVP_INLINE Vec<T> log1p_unit(Vec<T> x) {
   const Vec<T> u = x + T(1);
@@ -111,17 +120,19 @@ HVP_INLINE Vec<T> log1p_unit(Vec<T> x) {
 // erfc(x) and erf(x). erf(x) = x T(x^2)/U(x^2) for |x| <= 1, erfc(x) = exp(-x^2) P(x)/Q(x) beyond.
 template <class T>
 HVP_INLINE Vec<T> erfc(Vec<T> x) {
-  constexpr double t[] = {9.60497373987051638749E0, 9.00260197203842689217E1, 2.23200534594684319226E3,
-                          7.00332514112805075473E3, 5.55923013010394962768E4};
+  constexpr double t[] = {9.60497373987051638749E0, 9.00260197203842689217E1,
+                          2.23200534594684319226E3, 7.00332514112805075473E3,
+                          5.55923013010394962768E4};
   constexpr double u[] = {1.0,
                           3.35617141647503099647E1,
                           5.21357949780152679795E2,
                           4.59432382970980127987E3,
                           2.26290000613890934246E4,
                           4.92673942608635921086E4};
-  constexpr double p[] = {2.46196981473530512524E-10, 5.64189564831068821977E-1, 7.46321056442269912687E0,
-                          4.86371970985681366614E1,   1.96520832956077098242E2,  5.26445194995477358631E2,
-                          9.34528527171957607540E2,   1.02755188689515710272E3,  5.57535335369399327526E2};
+  constexpr double p[] = {
+      2.46196981473530512524E-10, 5.64189564831068821977E-1, 7.46321056442269912687E0,
+      4.86371970985681366614E1,   1.96520832956077098242E2,  5.26445194995477358631E2,
+      9.34528527171957607540E2,   1.02755188689515710272E3,  5.57535335369399327526E2};
   constexpr double q[] = {1.0,
                           1.32281951154744992508E1,
                           8.67072140885989742329E1,
@@ -131,8 +142,9 @@ HVP_INLINE Vec<T> erfc(Vec<T> x) {
                           2.24633760818710981792E3,
                           1.65666309194161350182E3,
                           5.57535340817727675546E2};
-  constexpr double r[] = {5.64189583547755073984E-1, 1.27536670759978104416E0, 5.01905042251180477414E0,
-                          6.16021097993053585195E0,  7.40974269950448939160E0, 2.97886665372100240670E0};
+  constexpr double r[] = {5.64189583547755073984E-1, 1.27536670759978104416E0,
+                          5.01905042251180477414E0,  6.16021097993053585195E0,
+                          7.40974269950448939160E0,  2.97886665372100240670E0};
   constexpr double s[] = {1.0,
                           2.26052863220117276590E0,
                           9.39603524938001434673E0,
