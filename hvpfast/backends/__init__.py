@@ -1,0 +1,150 @@
+"""The table of backends: what each must provide, which can run here, and the choice among them.
+
+A backend is a module with ``NAME`` and the functions of :class:`Backend`; ``linearize`` returns
+its :class:`State` at one point. Tangents and cotangents are contiguous rows (K, P) of the
+parameters' dtype and device; everything was checked by ``functional.py`` but the values of labels,
+which a backend checks while it reads them (``checks.label_message``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from hvpfast.probes import ProbeSource
+from hvpfast.spec import MLPSpec, check_choice
+
+# "auto" takes the first that can run and supports the case.
+BACKENDS = ("cpu", "reference")
+
+
+class PenaltyState(Protocol):
+    """The penalty (1/K) sum_k ||H v_k||^2 at one point, before its gradient."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim."""
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
+
+
+class State(Protocol):
+    """A linearisation at one point; K tangents are contiguous rows (K, P)."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+
+    @property
+    def loss_value(self) -> float:
+        """The loss as a number."""
+
+    @property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the state keeps alive beyond its inputs, in bytes."""
+
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,)."""
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k, (K,)."""
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """Third-order product d sum_k <u_k, H v_k> / d params with u_k, v_k held fixed, (P,)."""
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
+        """The penalty for probes given as rows (K, P) or as their source, K >= 1."""
+
+
+class Backend(Protocol):
+    """What the module of a backend provides."""
+
+    NAME: str
+
+    def unavailable(self) -> str | None:
+        """Why the backend cannot run on this machine, or None if it can."""
+
+    def unsupported(
+        self, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """Why the backend cannot take this case (spec None: not an MLP), or None if it can."""
+
+    def linearize(
+        self, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+    ) -> State:
+        """The state at ``params``; ``order`` 2 keeps only what hvp and quadratic need."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and, for "auto", the (name, reason) of those passed over."""
+
+    module: Backend
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+
+def available() -> dict[str, str | None]:
+    """Backend names mapped to None if they can run here, else to the reason why not."""
+    reasons: dict[str, str | None] = {}
+    for name in BACKENDS:
+        module = _load(name)
+        reasons[name] = module if isinstance(module, str) else module.unavailable()
+    return reasons
+
+
+def choose(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The named backend, or for "auto" the first that supports the case.
+
+    Args:
+        name: a backend's name or ``"auto"``.
+        spec: the network, or None for a model that is not an MLP.
+        device: where the parameters live.
+        dtype: their floating-point type.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the named backend cannot run here or does not support the case.
+    """
+    check_choice("backend", name, ("auto", *BACKENDS))
+    passed_over: list[tuple[str, str]] = []
+    for candidate in BACKENDS if name == "auto" else (name,):
+        module = _load(candidate)
+        if isinstance(module, str):
+            reason: str | None = module
+        else:
+            reason = module.unavailable() or module.unsupported(spec, device, dtype)
+            if reason is None:
+                return Choice(module, tuple(passed_over))
+        passed_over.append((candidate, reason or ""))
+    reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in passed_over)
+    raise RuntimeError(f"backend {name!r} cannot run: {reasons}")
+
+
+def resolve(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The module of :func:`choose`."""
+    return choose(name, spec, device, dtype).module
+
+
+def _load(name: str) -> Backend | str:
+    """The backend's module, or the reason why it cannot be imported."""
+    try:
+        return cast(Backend, importlib.import_module(f"hvpfast.backends.{name}"))
+    except ImportError as error:
+        return f"its module cannot be imported ({error})"

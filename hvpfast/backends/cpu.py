@@ -1,0 +1,188 @@
+"""The CPU engine: hand-derived kernels of the extension module ``hvpfast._cpu``, by address.
+
+One plan per network; a state is a C++ linearization plus the tensors whose memory it reads. The
+number of threads is torch's (``torch.set_num_threads``) at the time of each call; results do not
+depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, get_num_threads
+
+from hvpfast.probes import ProbeSource
+from hvpfast.spec import MLPSpec
+
+try:
+    from hvpfast import _cpu
+except ImportError as error:
+    _missing: str | None = f"the extension module hvpfast._cpu is not importable ({error})"
+else:
+    _missing = None
+
+NAME = "cpu"
+
+
+def unavailable() -> str | None:
+    """None, or why the extension module cannot be used."""
+    return _missing
+
+
+def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the engine cannot take this case."""
+    if spec is None:
+        return "it runs multilayer perceptrons only"
+    if device.type != "cpu":
+        return f"it runs on CPU tensors; these are on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64; these are {dtype}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(spec: MLPSpec, isa: str = "") -> _cpu.Plan:
+    """The engine's description of a network; ``isa`` names an instruction set, "" is the best."""
+    return _cpu.Plan(
+        list(spec.sizes),
+        spec.activation,
+        spec.loss,
+        spec.reduction == "mean",
+        spec.bias,
+        list(spec.class_weights or ()),
+        spec.ignore_index,
+        spec.label_smoothing,
+        isa,
+    )
+
+
+def linearize(
+    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+) -> CpuState:
+    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
+    engine_of, widths = plan(spec), spec.sizes
+    double = x.dtype is torch.float64
+    # x (N, D[0]) and a squared-error target (N, D[L]) are contiguous
+    rest = (
+        x.data_ptr(),
+        widths[0],
+        y.data_ptr(),
+        widths[-1],
+        len(x),
+        order == 3,
+        get_num_threads(),
+    )
+    if isinstance(params, Tensor):
+        flat = engine_of.linearize_flat_float64 if double else engine_of.linearize_flat_float32
+        engine = flat(params.data_ptr(), *rest)
+    else:
+        layers = (
+            engine_of.linearize_layers_float64 if double else engine_of.linearize_layers_float32
+        )
+        engine = layers([p.data_ptr() for p in params], *rest)
+    return CpuState(engine, spec.num_params, x.dtype, (params, x, y))
+
+
+class CpuState:
+    """A C++ linearization and the tensors it reads."""
+
+    __slots__ = ("_dtype", "_engine", "_inputs", "_num_params", "loss_value")
+
+    def __init__(
+        self, engine: _cpu.Linearization, num_params: int, dtype: torch.dtype, inputs: object
+    ) -> None:
+        self._engine, self._num_params, self._dtype = engine, num_params, dtype
+        self._inputs = inputs  # keeps the memory alive
+        self.loss_value: float = engine.loss
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+        return torch.scalar_tensor(self.loss_value, dtype=self._dtype)
+
+    @property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by."""
+        return self._engine.normalizer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._engine.num_bytes
+
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,)."""
+        out = torch.empty(self._num_params, dtype=self._dtype)
+        self._engine.gradient(out.data_ptr(), get_num_threads())
+        return out
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
+        out = torch.empty_like(tangents)
+        K = 1 if tangents.dim() == 1 else len(tangents)
+        self._engine.hvp(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
+        return out
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k, (K,)."""
+        K = len(tangents)
+        out = torch.empty(K, dtype=self._dtype)
+        self._engine.quadratic(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
+        return out
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_k, H v_k> / d params, (P,)."""
+        out = torch.empty(self._num_params, dtype=self._dtype)
+        self._engine.hvp_vjp(
+            tangents.data_ptr(),
+            cotangents.data_ptr(),
+            tangents.size(0),
+            ggn,
+            out.data_ptr(),
+            get_num_threads(),
+        )
+        return out
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenalty:
+        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
+        if isinstance(probes, ProbeSource):
+            engine = self._engine.penalty_of_probes(
+                probes.distribution,
+                probes.seed,
+                probes.first,
+                probes.num_probes,
+                ggn,
+                get_num_threads(),
+            )
+            return CpuPenalty(self, engine, None)
+        engine = self._engine.penalty(probes.data_ptr(), probes.size(0), ggn, get_num_threads())
+        return CpuPenalty(self, engine, probes)
+
+
+class CpuPenalty:
+    """The C++ penalty of one state, for its gradient."""
+
+    __slots__ = ("_engine", "_probes", "_state", "value")
+
+    def __init__(self, state: CpuState, engine: _cpu.Penalty, probes: Tensor | None) -> None:
+        self._state, self._engine = state, engine
+        self._probes = probes  # keeps the memory alive
+        self.value: float = engine.value
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+        return self._state.loss
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim."""
+        return torch.scalar_tensor(self.value, dtype=self._state._dtype)
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
+        out = torch.empty(self._state._num_params, dtype=self._state._dtype)
+        self._engine.gradient(g_loss, g_penalty, out.data_ptr(), get_num_threads())
+        return out

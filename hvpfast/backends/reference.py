@@ -1,0 +1,268 @@
+"""The specification: every operation by torch.func, for any module, loss, dtype and device.
+
+    f(p) = loss(outputs(p)) for the flat parameters p (P,)
+    H v = d<grad f, v>/dp                    pullback of grad f (H is symmetric)
+    G v = J' (d2 loss/dz2) J v               J = d outputs/dp
+    hvp_vjp = d(sum_k <u_k, H v_k>)/dp       penalty = (1/K) sum_k ||H v_k||^2
+
+Slow and obvious on purpose. Tangents are stacked by torch.vmap; where vmap cannot run a model the
+tangents are looped over, with a warning that says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, func
+
+from hvpfast.checks import check_labels
+from hvpfast.probes import ProbeSource, probe_rows
+from hvpfast.spec import MLPSpec
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    """None: it runs wherever torch does."""
+    return None
+
+
+def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it takes every module, device and floating-point type."""
+    return None
+
+
+def linearize(
+    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int = 3
+) -> ReferenceState:
+    """The state of an MLP at flat parameters (P,) or ``[W1, b1, ...]``; every order is available.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
+    if spec.loss == "cross_entropy":
+        check_labels(spec, y)
+    x, y = x.detach(), y.detach()
+    tensors = (params,) if isinstance(params, Tensor) else tuple(params)
+
+    def outputs(p: tuple[Tensor, ...]) -> Tensor:
+        return spec.outputs(spec.unflatten(p[0]) if isinstance(params, Tensor) else p, x)
+
+    loss, normalizer = mlp_loss(spec, y, tensors[0])
+    return linearize_function(outputs, loss, tensors, normalizer=normalizer)
+
+
+def mlp_loss(spec: MLPSpec, y: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
+    """(z -> loss, normalizer) of a specification for targets y, on the dtype and device of like."""
+    if spec.loss == "mse":
+        normalizer = float(y.numel()) if spec.reduction == "mean" else 1.0
+        return lambda z: F.mse_loss(z, y, reduction=spec.reduction), normalizer
+    weight = None
+    if spec.class_weights is not None:
+        weight = torch.tensor(spec.class_weights, dtype=like.dtype, device=like.device)
+    normalizer = 1.0
+    if spec.reduction == "mean":
+        counted = y[y != spec.ignore_index]
+        normalizer = float(counted.numel() if weight is None else weight[counted].double().sum())
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(
+            z,
+            y,
+            weight=weight,
+            ignore_index=spec.ignore_index,
+            reduction=spec.reduction,
+            label_smoothing=spec.label_smoothing,
+        )
+
+    return loss, normalizer
+
+
+def linearize_function(
+    outputs_fn: Callable[[tuple[Tensor, ...]], Tensor],
+    loss_fn: Callable[[Tensor], Tensor],
+    params: Sequence[Tensor],
+    *,
+    normalizer: float = 1.0,
+) -> ReferenceState:
+    """The state of any model with any loss.
+
+    Args:
+        outputs_fn: maps a tuple of tensors like ``params`` to outputs; must be functional (no
+            in-place change of what it closes over, no randomness).
+        loss_fn: maps outputs to a 0-dim loss.
+        params: tensors of one floating-point dtype and device; the flat order is theirs.
+        normalizer: what the loss divided its sum by, if the caller knows and needs it.
+
+    Raises:
+        TypeError: the parameters differ in dtype or device.
+        ValueError: no parameters, or the loss is not a 0-dim tensor.
+    """
+    if not params:
+        raise ValueError("params is empty: nothing to differentiate")
+    if len({(p.dtype, p.device) for p in params}) > 1:
+        raise TypeError("params must share one dtype and device; convert them first")
+    shapes = [p.shape for p in params]
+    numels = [p.numel() for p in params]
+    flat = params[0].detach().reshape(-1)
+    if len(params) > 1:
+        flat = torch.cat([p.detach().reshape(-1) for p in params])
+
+    def outputs(p: Tensor) -> Tensor:
+        parts = torch.split(p, numels)
+        return outputs_fn(tuple(part.view(s) for part, s in zip(parts, shapes, strict=True)))
+
+    return ReferenceState(outputs, loss_fn, flat, normalizer)
+
+
+class ReferenceState:
+    """Derivatives of ``loss_fn(outputs_fn(p))`` at the flat parameters p (P,)."""
+
+    def __init__(
+        self,
+        outputs_fn: Callable[[Tensor], Tensor],
+        loss_fn: Callable[[Tensor], Tensor],
+        flat: Tensor,
+        normalizer: float,
+    ) -> None:
+        self.normalizer = normalizer
+        self._outputs, self._loss_fn, self._flat = outputs_fn, loss_fn, flat
+        self._products: dict[bool, Callable[[Tensor], Tensor]] = {}  # ggn -> (v -> H v)
+        with torch.no_grad():
+            self.loss = self._objective(flat)
+        if not isinstance(self.loss, Tensor) or self.loss.dim() != 0:
+            got = tuple(self.loss.shape) if isinstance(self.loss, Tensor) else type(self.loss)
+            raise ValueError(f"the loss must be a 0-dim tensor; got {got}. Reduce it to a scalar")
+
+    @property
+    def loss_value(self) -> float:
+        """The loss as a number."""
+        return float(self.loss)
+
+    def _objective(self, p: Tensor) -> Tensor:
+        return self._loss_fn(self._outputs(p))
+
+    def _product_at(self, p: Tensor, ggn: bool) -> Callable[[Tensor], Tensor]:
+        """The map v -> H v (or G v) at p, on flat vectors (P,)."""
+        if not ggn:
+            return _pullback(_grad(self._objective), p)[1]
+        z, transposed = _pullback(self._outputs, p)  # u -> J' u
+        # J v is the pullback of the linear map u -> J' u: no forward-mode rules are needed
+        forward = _pullback(transposed, torch.zeros_like(z))[1]
+        loss_hessian = _pullback(_grad(self._loss_fn), z)[1]
+        return lambda v: transposed(loss_hessian(forward(v)))
+
+    @torch.no_grad()
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,)."""
+        return _grad(self._objective)(self._flat)
+
+    @torch.no_grad()
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
+        if tangents.dim() == 1:
+            return self.hvp(tangents.unsqueeze(0), ggn)[0]
+        if ggn not in self._products:  # recorded once per point, replayed for every product
+            self._products[ggn] = self._product_at(self._flat, ggn)
+        return over_rows(self._products[ggn], tangents.detach())
+
+    @torch.no_grad()
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k for rows (K, P): (K,)."""
+        return (tangents.detach() * self.hvp(tangents, ggn)).sum(1)
+
+    @torch.no_grad()
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """Third-order d sum_k <u_k, H v_k> / d params, rows u, v (K, P) held fixed: (P,)."""
+        tangents, cotangents = tangents.detach(), cotangents.detach()
+
+        def inner(p: Tensor) -> Tensor:
+            return (cotangents * over_rows(self._product_at(p, ggn), tangents)).sum()
+
+        return _grad(inner)(self._flat)
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ReferencePenalty:
+        """(1/K) sum_k ||H v_k||^2 for probes (K, P) or their source."""
+        if isinstance(probes, ProbeSource):
+            probes = probe_rows(probes, self._flat.numel(), self._flat.dtype, self._flat.device)
+        return ReferencePenalty(self, probes.detach(), ggn)
+
+    @property
+    def nbytes(self) -> int:
+        """Estimate: three times the bytes that autograd saves in one forward pass."""
+        saved: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with torch.enable_grad(), hooks:
+            self._objective(self._flat.clone().requires_grad_())
+        return 3 * sum(saved.values())
+
+
+class ReferencePenalty:
+    """The penalty of a state for fixed probes, and its gradient."""
+
+    @torch.no_grad()
+    def __init__(self, state: ReferenceState, probes: Tensor, ggn: bool) -> None:
+        def both(p: Tensor) -> tuple[Tensor, Tensor]:
+            products = over_rows(state._product_at(p, ggn), probes)
+            return state._objective(p), products.square().sum(1).mean()
+
+        self._values: tuple[Tensor, Tensor]
+        self._values, self._pullback = func.vjp(both, state._flat)[:2]
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim, a new tensor each time: autograd attaches history to it."""
+        return self._values[0].detach()
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim, a new tensor each time."""
+        return self._values[1].detach()
+
+    @torch.no_grad()
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
+        weights = tuple(
+            v.new_tensor(g) for v, g in zip(self._values, (g_loss, g_penalty), strict=True)
+        )
+        out: Tensor = self._pullback(weights)[0]
+        return out
+
+
+def _grad(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    gradient: Callable[[Tensor], Tensor] = func.grad(function)
+    return gradient
+
+
+def _pullback(
+    function: Callable[[Tensor], Tensor], at: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(function(at), u -> J' u): recorded once, replayed for every u."""
+    value, pullback = func.vjp(function, at)[:2]
+    return value, lambda u: pullback(u)[0]
+
+
+def over_rows(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``function`` applied to each row (K, P) -> (K, P), stacked by vmap where it can be."""
+    if rows.shape[0] == 0:
+        return torch.zeros_like(rows)
+    if rows.shape[0] == 1:
+        return function(rows[0]).unsqueeze(0)
+    try:
+        return torch.vmap(function)(rows)
+    except RuntimeError as error:
+        warnings.warn(
+            f"torch.vmap cannot run this model, so the {rows.shape[0]} tangents are looped over: "
+            f"{str(error).splitlines()[0]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return torch.stack([function(row) for row in rows])
