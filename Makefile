@@ -1,0 +1,78 @@
+# make study   install into .venv-study, then run the Hessian-norm study on MNIST-1D
+# make test    install into .venv-test, then lint, sanitizers and tests: all that CI runs
+# make bench   install as for test, then run the benchmark suite
+# make format  rewrite the sources as the formatters want them
+# make clean   remove builds, caches and both environments
+#
+# TORCH is what pip installs first, before anything that depends on torch; PYTHON makes the
+# environments:  make test PYTHON=python3.12 TORCH=torch==2.6.0
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+STUDY := .venv-study
+TEST := .venv-test
+BIN := $(TEST)/bin
+STAMP := torch-$(shell echo '$(PYTHON) $(TORCH)' | cksum | cut -d ' ' -f 1)
+
+BUILD_SOURCES := pyproject.toml setup.py MANIFEST.in CMakeLists.txt $(shell find csrc -type f)
+PACKAGE := $(shell find hvpfast -name '*.py' -o -name '*.md' -o -name '*.pyi' -o -name py.typed)
+CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+
+.PHONY: study test bench lint format sanitize pytest clean
+
+study: $(STUDY)/installed
+	$(STUDY)/bin/hvpfast study hessian-norm --preset default
+
+# One line per step, in this order: the cheapest finding comes first, pytest's summary last.
+test:
+	$(MAKE) lint
+	$(MAKE) sanitize
+	$(MAKE) pytest
+
+bench: $(TEST)/installed
+	$(BIN)/hvpfast bench
+
+lint: $(TEST)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict hvpfast
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(TEST)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer;
+# SANITIZE=thread looks for races instead.
+SANITIZE ?= address,undefined
+sanitize: $(TEST)/installed
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DHVPFAST_PYTHON=OFF -DHVPFAST_SANITIZE=$(SANITIZE)
+	$(BIN)/cmake --build build/sanitize --target sanitize
+	build/sanitize/sanitize
+
+pytest: $(TEST)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The stamp's name holds PYTHON and TORCH: when one changes, the environment is made anew.
+$(STUDY)/$(STAMP) $(TEST)/$(STAMP):
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install '$(TORCH)'
+	touch $@
+
+$(STUDY)/installed: $(STUDY)/$(STAMP) $(BUILD_SOURCES) $(PACKAGE)
+	$(STUDY)/bin/pip install '.[studies]'
+	touch $@
+
+$(TEST)/installed: $(TEST)/$(STAMP) $(BUILD_SOURCES)
+	$(BIN)/pip install -e '.[dev,studies,bench]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(STUDY) $(TEST) .mypy_cache .pytest_cache .ruff_cache
+	find hvpfast tests -name __pycache__ -prune -exec rm -rf {} +
+	find hvpfast -name '*.so' -delete
