@@ -1,0 +1,151 @@
+"""One test body for every backend: all operations on every case, judged against float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from cases import CASES, SEED, Case, problem
+from helpers import assert_within_reference_error, one_thread, oracle
+from torch import Tensor
+
+import hvpfast as hf
+from hvpfast.backends import BACKENDS
+
+CURVATURES = ("hessian", "ggn")
+WEIGHTS = (0.75, 1.5)
+
+
+def runs() -> list[object]:
+    """Case by case, every backend: neighbours share the oracle."""
+    params = []
+    for case in CASES:
+        for name, reason in hf.available().items():
+            if name == "reference" and case.dtype != torch.float64:
+                continue  # there it is torch's own arithmetic: the error would be 0 by definition
+            skip = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
+            params.append(pytest.param(name, case, marks=skip, id=f"{name}-{case}"))
+    return params
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(case: Case) -> dict[str, dict[str, Tensor]]:
+    """The oracle: truth in float64, torch's own in the case's dtype, truth for nudged inputs."""
+    q = problem(case)
+    tensors = (q.flat, q.x, q.y, q.tangents, q.cotangents)
+    own = oracle(case.spec, *tensors)
+    if case.dtype == torch.float64:
+        return {"truth": own, "own": own, "nudged": own}
+    g = torch.Generator().manual_seed(0)
+
+    def wide(t: Tensor, nudge: float) -> Tensor:
+        signs = 2 * torch.randint(0, 2, t.shape, generator=g) - 1
+        return t.double() * (1 + nudge * signs) if t.is_floating_point() else t
+
+    half_ulp = torch.finfo(case.dtype).eps / 2
+    return {
+        "truth": oracle(case.spec, *(wide(t, 0.0) for t in tensors)),
+        "own": own,
+        "nudged": oracle(case.spec, *(wide(t, half_ulp) for t in tensors)),
+    }
+
+
+def linearize(case: Case, backend: str) -> hf.Linearization:
+    """The case on a backend."""
+    q = problem(case)
+    return hf.linearize(case.spec, q.params, q.x, q.y, backend=backend)
+
+
+def operations(case: Case, lin: hf.Linearization) -> Iterator[tuple[str, Tensor, str]]:
+    """(name, result, key of the oracle) of every operation."""
+    q = problem(case)
+    V, U = q.tangents, q.cotangents
+    yield "loss", lin.loss, "loss"
+    yield "gradient", lin.grad, "gradient"
+    yield "hvp", hf.hvp(lin, V), "hessian product"
+    yield "ggnvp", hf.ggnvp(lin, V), "ggn product"
+    for curvature in CURVATURES:
+        quadratic = hf.quadratic_form(lin, V, curvature=curvature)
+        yield f"quadratic {curvature}", quadratic, f"{curvature} quadratic"
+        vjp = hf.hvp_vjp(lin, V, U, curvature=curvature)
+        yield f"hvp_vjp {curvature}", vjp, f"{curvature} vjp"
+        for tangents in ([V] if case.K else []) + ([None] if case.drawn else []):
+            loss, penalty, gradient = hf.penalty(
+                lin, tangents, num_probes=case.K, seed=SEED, weights=WEIGHTS, curvature=curvature
+            )
+            name = f"penalty {curvature} {'drawn' if tangents is None else 'explicit'}"
+            yield f"{name} loss", loss, "loss"
+            yield name, penalty, f"{curvature} penalty"
+            yield f"{name} gradient", gradient, f"{curvature} penalty gradient"
+
+
+def combined_gradient(results: dict[str, Tensor], key: str) -> Tensor:
+    """The gradient that the penalty returns: WEIGHTS of loss and penalty."""
+    return WEIGHTS[0] * results["gradient"] + WEIGHTS[1] * results[key]
+
+
+@pytest.mark.parametrize(("backend", "case"), runs())
+def test_conformance(backend: str, case: Case) -> None:
+    lin = linearize(case, backend)
+    assert lin.backend == backend
+    assert type(lin.state).__module__ == f"hvpfast.backends.{backend}"
+    with one_thread() if backend == "reference" else nullcontext():
+        results = list(operations(case, lin))
+    expected, failures = _expected(case), []
+    for name, actual, key in results:
+        gradient_of_both = key.endswith("penalty gradient")
+        values = {
+            which: combined_gradient(oracle, key) if gradient_of_both else oracle[key]
+            for which, oracle in expected.items()
+        }
+        try:
+            assert_within_reference_error(
+                actual,
+                values["truth"],
+                values["own"],
+                f"{backend} {case} {name}",
+                nudged=values["nudged"],
+                floor=1.0 if key == "loss" else 0.0,  # log-sum-exp minus logit, both of order one
+            )
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_kernels_ran(backend: str) -> None:
+    """Results are close to the reference but not bitwise equal: it was another computation."""
+    reason = hf.available()[backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    case = Case(hf.MLPSpec((30, 40, 20, 10), "tanh"), 50, 3, torch.float32)
+    ours, reference = (
+        [out for _, out, _ in operations(case, linearize(case, name))]
+        for name in (backend, "reference")
+    )
+    vectors = [(a, b) for a, b in zip(ours, reference, strict=True) if a.numel() > 100]
+    assert vectors
+    for a, b in vectors:
+        assert not torch.equal(a, b)
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_matrix_is_complete() -> None:
+    """Every value of every axis is among the cases, and each name is given once."""
+    assert len({str(case) for case in CASES}) == len(CASES)
+    seen = {
+        (c.spec.activation, c.spec.loss, c.spec.reduction, c.dtype, c.spec.bias, c.spec.num_layers)
+        for c in CASES
+        if c.spec.num_layers > 1
+    }
+    assert len(seen) >= 8 * 2 * 2 * 2 * 2 * 3
+    for name, values in {
+        "N": {1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300},
+        "K": {0, 1, 2, 7, 64},
+        "layout": {"flat", "layers"},
+        "strided": {False, True},
+    }.items():
+        assert values <= {getattr(case, name) for case in CASES}
