@@ -1,0 +1,133 @@
+"""From records to named numbers, and to the words that reports print them with."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, stdev
+from typing import Any
+
+from hvpfast.studies.folder import Row
+from hvpfast.studies.statistics import paired
+
+LEVEL = 0.95
+"""Coverage of every interval in the reports."""
+NONE = "–"
+"""What is printed for a number that does not exist."""
+
+
+def table(records: list[Row], name: str, **equal: Any) -> list[dict[str, Any]]:
+    """Return the rows of one table in which every given column has the given value."""
+    rows = [row for row in records if row["table"] == name]
+    return [row for row in rows if all(row[k] == v for k, v in equal.items())]
+
+
+def facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the columns that only file it."""
+    return {k: v for k, v in row.items() if k not in ("table", "cell")}
+
+
+def by_seed(
+    rows: Sequence[Mapping[str, Any]], measure: str, arms: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return a measure per arm, seed by seed; seeds that lack it in any arm are left out of all."""
+    found = {
+        arm: {r["seed"]: float(r[measure]) for r in rows if r["arm"] == arm and known(r, measure)}
+        for arm in arms
+    }
+    complete = [seed for seed in found[arms[0]] if all(seed in found[a] for a in arms)]
+    return {arm: [found[arm][seed] for seed in complete] for arm in arms}
+
+
+def known(row: Mapping[str, Any], measure: str) -> bool:
+    """Return whether the row has a number for the measure."""
+    return row.get(measure) is not None
+
+
+def summary(values: Sequence[float | None]) -> dict[str, float | int | None]:
+    """Return mean, standard deviation and number of the values that are not None."""
+    there = [v for v in values if v is not None]
+    mean = fmean(there) if there else None
+    return {"mean": mean, "sd": stdev(there) if len(there) > 1 else None, "n": len(there)}
+
+
+def compare(base: Sequence[float], other: Sequence[float], ratio: bool = False) -> dict[str, Any]:
+    """Compare pairs: the mean difference other - base, or the geometric mean ratio other / base.
+
+    A ratio is the exponential of a difference of logarithms; where a value is not positive the
+    plain difference is taken, and ``kind`` says so.
+    """
+    ratio = ratio and min([*base, *other], default=0.0) > 0
+    pairs = list(zip(base, other, strict=True))
+    found = paired([math.log(b / a) if ratio else b - a for a, b in pairs], LEVEL)
+    direction = "lower" if found.mean is not None and found.mean < 0 else "higher"
+    result = asdict(found)
+    for name in ("mean", "low", "high") if ratio else ():
+        result[name] = None if result[name] is None else math.exp(result[name])
+    return {
+        **result,
+        "kind": "ratio" if ratio else "difference",
+        "evidence": found.evidence,
+        "verdict": direction if found.evidence else "no evidence of a difference",
+    }
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number as the reports print it."""
+    if value is None:
+        return NONE
+    plain = value == 0 or 1e-5 <= abs(value) < 1e5
+    return f"{value:.{digits}g}" if plain else f"{value:.{digits - 1}e}"
+
+
+def percent(value: float | None, decimals: int = 0) -> str:
+    """Return a share as a percentage."""
+    return NONE if value is None else f"{100 * value:.{decimals}f} %"
+
+
+def spread(found: Mapping[str, Any]) -> str:
+    """Return a `summary` as mean ± standard deviation."""
+    return number(found["mean"]) + ("" if found["sd"] is None else f" ± {number(found['sd'], 2)}")
+
+
+def change(value: float | None, kind: str) -> str:
+    """Return a difference with its sign, or a ratio with a cross."""
+    if value is None:
+        return NONE
+    return f"×{value:.3g}" if kind == "ratio" else f"{value:+.4f}"
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    """Return the interval of a `compare` in brackets."""
+    low, high = (change(found[end], found["kind"]) for end in ("low", "high"))
+    return NONE if found["low"] is None else f"[{low}, {high}]"
+
+
+def count(quantity: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun: 1 seed, 2 seeds."""
+    return f"{quantity} {singular if quantity == 1 else plural or singular + 's'}"
+
+
+def wrap(markdown: str, width: int = 100) -> str:
+    """Return the Markdown with its paragraphs and list items wrapped; tables and headings pass."""
+    lines: list[str] = []
+    for line in markdown.splitlines():
+        joins = bool(lines and lines[-1] and line) and not line.startswith(("- ", "|", "#", "!"))
+        if joins and not lines[-1].startswith(("|", "#", "!")):
+            lines[-1] += " " + line.strip()
+        else:
+            lines.append(line)
+    return (
+        "\n".join(line if line.startswith(("|", "#", "!")) else fill(line, width) for line in lines)
+        + "\n"
+    )
+
+
+def fill(text: str, width: int) -> str:
+    """Return one paragraph or list item, wrapped."""
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
