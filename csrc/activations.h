@@ -3,6 +3,8 @@
 // type R that has select, exp_nonpositive, log1p_unit and erfc: vectors on the CPU, scalars on a
 // GPU.
 #pragma once
+#include <stdexcept>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define HVPFAST_FN __host__ __device__ inline
@@ -12,7 +14,28 @@
 
 namespace hvpfast {
 
-enum class Activation { kIdentity, kRelu, kSigmoid, kTanh, kGelu, kGeluTanh, kSilu, kSoftplus };
+// The table: enumerator and public name. Each has an ActivationRow below.
+#define HVPFAST_ACTIVATIONS(entry)                                                                 \
+  entry(kIdentity, "identity") entry(kRelu, "relu") entry(kSigmoid, "sigmoid")                     \
+      entry(kTanh, "tanh") entry(kGelu, "gelu") entry(kGeluTanh, "gelu_tanh") entry(kSilu, "silu") \
+          entry(kSoftplus, "softplus")
+
+#define HVPFAST_ENUMERATOR(name, text) name,
+enum class Activation { HVPFAST_ACTIVATIONS(HVPFAST_ENUMERATOR) };
+#undef HVPFAST_ENUMERATOR
+
+// body(std::integral_constant<Activation, act>): the one place where an activation is switched on.
+template <class Body>
+void with_activation(Activation act, Body&& body) {
+  switch (act) {
+#define HVPFAST_CASE(name, text) \
+  case Activation::name:         \
+    return body(std::integral_constant<Activation, Activation::name>{});
+    HVPFAST_ACTIVATIONS(HVPFAST_CASE)
+#undef HVPFAST_CASE
+  }
+  throw std::logic_error("unknown activation");
+}
 
 // act'' = act''' = 0 almost everywhere.
 constexpr bool piecewise_linear(Activation act) {

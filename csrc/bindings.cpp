@@ -29,15 +29,9 @@ Value named(const char* what, const std::string& name,
 }
 
 Activation activation_named(const std::string& name) {
-  return named<Activation>("activation", name,
-                           {{"identity", Activation::kIdentity},
-                            {"relu", Activation::kRelu},
-                            {"sigmoid", Activation::kSigmoid},
-                            {"tanh", Activation::kTanh},
-                            {"gelu", Activation::kGelu},
-                            {"gelu_tanh", Activation::kGeluTanh},
-                            {"silu", Activation::kSilu},
-                            {"softplus", Activation::kSoftplus}});
+#define HVPFAST_NAMED(enumerator, text) {text, Activation::enumerator},
+  return named<Activation>("activation", name, {HVPFAST_ACTIVATIONS(HVPFAST_NAMED)});
+#undef HVPFAST_NAMED
 }
 
 Loss loss_named(const std::string& name) {

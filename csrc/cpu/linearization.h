@@ -57,9 +57,8 @@ class CpuLinearization final : public Linearization<T> {
   // linearize.h
   void weigh_targets();
   void primal_chunk(Range panels, T* x_scratch);
-  void activate(int l, Range panels);
   template <Activation act>
-  void activate_as(int l, Range panels);
+  void activate(int l, Range panels);
   void loss_gradient(Range panels);
 
   // tangents.h

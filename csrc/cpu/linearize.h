@@ -144,7 +144,9 @@ void CpuLinearization<T>::primal_chunk(Range panels, T* x_scratch) {
     T* z = (l < L_ ? r_.a[l] : r_.z_bar[L_]) + panels.begin * D_[l] * NR;
     const LayerTerm<T> term{params.W[l], D_[l - 1], below, D_[l - 1] * NR};
     multiply_panels<T, false>(&term, 1, D_[l - 1], {0, D_[l]}, count, z, D_[l] * NR);
-    if (l < L_) activate(l, panels);
+    if (l < L_) {
+      with_activation(s_.activation, [&](auto act) { activate<act.value>(l, panels); });
+    }
     below = z;
   }
   loss_gradient(panels);
@@ -166,33 +168,10 @@ void CpuLinearization<T>::primal_chunk(Range panels, T* x_scratch) {
   }
 }
 
-template <class T>
-void CpuLinearization<T>::activate(int l, Range panels) {
-  switch (s_.activation) {
-    case Activation::kIdentity:
-      return activate_as<Activation::kIdentity>(l, panels);
-    case Activation::kRelu:
-      return activate_as<Activation::kRelu>(l, panels);
-    case Activation::kSigmoid:
-      return activate_as<Activation::kSigmoid>(l, panels);
-    case Activation::kTanh:
-      return activate_as<Activation::kTanh>(l, panels);
-    case Activation::kGelu:
-      return activate_as<Activation::kGelu>(l, panels);
-    case Activation::kGeluTanh:
-      return activate_as<Activation::kGeluTanh>(l, panels);
-    case Activation::kSilu:
-      return activate_as<Activation::kSilu>(l, panels);
-    case Activation::kSoftplus:
-      return activate_as<Activation::kSoftplus>(l, panels);
-  }
-  throw std::logic_error("unknown activation");
-}
-
 // In place of W a: a = act(z), s1 = act'(z), and act''(z) in s2 until a_bar is known.
 template <class T>
 template <Activation act>
-void CpuLinearization<T>::activate_as(int l, Range panels) {
+void CpuLinearization<T>::activate(int l, Range panels) {
   const int64_t first = panels.begin * D_[l] * NR;
   T* a = r_.a[l] + first;
   T* s1 = r_.s1[l] + first;

@@ -39,29 +39,6 @@ void second_and_third(const T* z, const T* a_bar, int64_t panels, int64_t D, T* 
 }
 
 template <class T>
-void second_and_third(Activation act, const T* z, const T* a_bar, int64_t panels, int64_t D, T* d2,
-                      T* d3) {
-  switch (act) {
-    case Activation::kSigmoid:
-      return second_and_third<Activation::kSigmoid>(z, a_bar, panels, D, d2, d3);
-    case Activation::kTanh:
-      return second_and_third<Activation::kTanh>(z, a_bar, panels, D, d2, d3);
-    case Activation::kGelu:
-      return second_and_third<Activation::kGelu>(z, a_bar, panels, D, d2, d3);
-    case Activation::kGeluTanh:
-      return second_and_third<Activation::kGeluTanh>(z, a_bar, panels, D, d2, d3);
-    case Activation::kSilu:
-      return second_and_third<Activation::kSilu>(z, a_bar, panels, D, d2, d3);
-    case Activation::kSoftplus:
-      return second_and_third<Activation::kSoftplus>(z, a_bar, panels, D, d2, d3);
-    case Activation::kIdentity:
-    case Activation::kRelu:
-      break;
-  }
-  throw std::logic_error("a piecewise linear activation has no second derivative");
-}
-
-template <class T>
 void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v,
                                       const Streams<T>& u, Mixed& mixed, Range panels, T g_loss,
                                       Curvature curvature) const {
@@ -80,8 +57,10 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
 
   if (smooth())
     for (int l = 1; l < L_; ++l)
-      second_and_third(s_.activation, residual(r_.z, l), residual(r_.a_bar, l), count, D_[l],
-                       own(mixed.d2, l), own(mixed.d3, l));
+      with_activation(s_.activation, [&](auto act) {
+        second_and_third<act.value>(residual(r_.z, l), residual(r_.a_bar, l), count, D_[l],
+                                    own(mixed.d2, l), own(mixed.d3, l));
+      });
   for (int l = 1; hessian && l <= L_; ++l) {
     T* z = own(mixed.z, l);
     if (l > 1) {
