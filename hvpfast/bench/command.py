@@ -1,0 +1,87 @@
+"""The subcommand ``hvpfast bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvpfast.bench import record, report
+from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES
+from hvpfast.bench.providers import PROVIDERS
+from hvpfast.bench.runner import Settings, run_bench
+
+DESCRIPTION = "Time gradients, curvature products and penalties against other ways to compute them."
+BUDGET_HELP = "of timing per cell; rounds are cut to fit (default: %(default)s)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``hvpfast bench`` to a parser."""
+    default = Settings()
+    for name, known, all_of in (
+        ("cases", [*CASES, *QUICK_CASES], CASES),
+        ("operations", OPERATIONS, OPERATIONS),
+        ("providers", list(PROVIDERS), PROVIDERS),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            choices=known,
+            default=[],
+            metavar=name[:-1].upper(),
+            help=f"default: all of {', '.join(all_of)}",
+        )
+    add = parser.add_argument
+    add("--rounds", type=int, default=default.rounds, help="default: %(default)s")
+    add("--threads", type=int, default=default.threads, help="default: the usable cores")
+    add("--dtype", choices=DTYPES, default=default.dtype, help="default: %(default)s")
+    add("--budget", type=float, default=default.budget, metavar="SECONDS", help=BUDGET_HELP)
+    add("--memory", action="store_true", help="also peak memory, one process per form")
+    add("--quick", action="store_true", help="tiny cases in seconds: does everything work?")
+    add("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
+    add("--show", type=Path, metavar="FILE", help="print and draw an existing bench.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run or show a benchmark.
+
+    Returns:
+        The exit status: 0, 1 when a provider failed or was wrong, 130 when interrupted.
+    """
+    if arguments.show is not None:
+        result = json.loads(arguments.show.read_text(encoding="utf-8"))
+    else:
+        result = run_bench(
+            Settings(
+                cases=tuple(arguments.cases),
+                operations=tuple(arguments.operations),
+                providers=tuple(arguments.providers),
+                rounds=arguments.rounds,
+                threads=arguments.threads,
+                dtype=arguments.dtype,
+                memory=arguments.memory,
+                quick=arguments.quick,
+                budget=arguments.budget,
+                out=arguments.out,
+            )
+        )
+    text = report.render(result)
+    print(text)
+    if arguments.out is not None:
+        record.write_text(arguments.out / "bench.txt", text + "\n")
+        try:
+            report.draw(result, arguments.out / "bench.png")
+        except RuntimeError as error:
+            print(f"no figure: {error}", file=sys.stderr)
+    if result["interrupted"]:
+        return 130
+    return int(any(row["status"] in ("wrong", "failed") for row in result["rows"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``hvpfast bench`` as a function of its arguments; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hvpfast bench", description=DESCRIPTION)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))

@@ -1,0 +1,131 @@
+"""The speeds the project promises, as data, and how a run's rows are held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """``wanted`` is a ratio.
+
+    Against ``compiled``, ``eager`` or ``peer`` (both): the fastest such row's time over ours, at
+    least.  Against ``plain`` (an unpenalised step): our time over the fastest such row's, at most.
+    Against ``peak``: the share of the measured FMA peak by minimal operation counts, at least.
+    """
+
+    case: str
+    num_tangents: int
+    operation: str
+    against: str
+    wanted: float
+
+
+_TINY, _WIDE, _LARGE = "40-32-10", "3072-256-100", "784-128-128-10"
+MARKS = (
+    Mark(_TINY, 1, "hvp", "compiled", 10.0),
+    Mark(_TINY, 1, "hvp", "eager", 35.0),
+    Mark(_TINY, 1, "penalty", "compiled", 6.0),
+    Mark(_TINY, 1, "penalty", "eager", 40.0),
+    Mark(_TINY, 8, "hvp", "compiled", 6.0),
+    Mark(_TINY, 8, "penalty", "compiled", 7.0),
+    Mark(_WIDE, 3, "hvp", "peer", 1.4),
+    Mark(_WIDE, 3, "penalty", "compiled", 3.0),
+    Mark(_WIDE, 3, "penalty", "eager", 5.0),
+    Mark(_WIDE, 3, "penalty_normal", "compiled", 5.0),
+    Mark(_LARGE, 8, "hvp", "peak", 0.70),
+    Mark(_LARGE, 8, "hvp", "peer", 1.3),
+    Mark(_LARGE, 8, "quadratic", "peer", 2.6),
+    Mark(_LARGE, 8, "penalty", "peer", 1.8),
+    Mark("train-40-32-32-10", 1, "train_step", "plain", 1.0),
+    Mark("train-3072-256-100", 3, "train_step", "plain", 1.4),
+)
+_PEERS = {"compiled": ("compiled",), "eager": ("eager",), "peer": ("compiled", "eager")}
+# The forms that a mark is about: the functional form with the peers' own probes; with normal
+# probes the library draws them; a training step as it is written with autograd.
+FUNCTIONAL, AUTOGRAD = "ours-cpu", "ours-autograd"
+
+
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    timed = [row for row in rows if row["status"] == "timed"]
+    return min(timed, key=lambda row: float(row["median_s"])) if timed else None
+
+
+def _counts(row: Row, provider: str, operation: str) -> bool:
+    """Whether a row may stand for a mark: drawn probes only where the mark is about them."""
+    if row["provider"] != provider:
+        return False
+    if operation == "penalty":
+        return "drawn" not in str(row["form"])
+    return operation != "penalty_normal" or "drawn" in str(row["form"])
+
+
+def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Every mark whose cell was run, with what was reached.
+
+    Args:
+        rows: of a record.
+
+    Returns:
+        One dict per mark and per way of ours it is read for (functional form; autograd form beside
+        it where it exists): ``case, num_tangents, operation, against, wanted, provider, form,
+        rival, reached, met``; ``reached`` and ``met`` are None, with a ``reason``, when a row is
+        missing.
+    """
+    rows = list(rows)
+    found = []
+    for mark in MARKS:
+        cell = [
+            row
+            for row in rows
+            if (row["case"], row["num_tangents"], row["operation"])
+            == (mark.case, mark.num_tangents, mark.operation)
+        ]
+        if not cell:
+            continue
+        both = mark.operation in ("penalty", "penalty_normal", "train_step")
+        for provider in (FUNCTIONAL, AUTOGRAD) if both else (FUNCTIONAL,):
+            ours = _fastest(row for row in cell if _counts(row, provider, mark.operation))
+            found.append(_reached(mark, provider, ours, cell))
+    return found
+
+
+def _reached(mark: Mark, provider: str, ours: Row | None, cell: list[Row]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "case": mark.case,
+        "num_tangents": mark.num_tangents,
+        "operation": mark.operation,
+        "against": mark.against,
+        "wanted": mark.wanted,
+        "provider": provider,
+        "form": ours and ours["form"],
+        "rival": None,
+        "reached": None,
+        "met": None,
+    }
+    if ours is None:
+        return {**result, "reason": f"{provider} was not timed"}
+    if mark.against == "peak":
+        if ours["peak_fraction"] is None:
+            return {**result, "reason": "the peak was not measured"}
+        reached = float(ours["peak_fraction"])
+        return {**result, "reached": reached, "met": reached >= mark.wanted}
+    if mark.against == "plain":
+        rival = _fastest(row for row in cell if row["kind"] == "plain" and not _compiled(row))
+    else:
+        rival = _fastest(row for row in cell if row["kind"] in _PEERS[mark.against])
+    if rival is None:
+        return {**result, "reason": f"no row of kind {mark.against} was timed"}
+    result["rival"] = f"{rival['provider']}: {rival['form']}"
+    ratio = float(rival["median_s"]) / float(ours["median_s"])
+    if mark.against == "plain":
+        return {**result, "reached": 1 / ratio, "met": 1 / ratio <= mark.wanted}
+    return {**result, "reached": ratio, "met": ratio >= mark.wanted}
+
+
+def _compiled(row: Row) -> bool:
+    return str(row["form"]).startswith("compiled")

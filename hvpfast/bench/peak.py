@@ -1,0 +1,59 @@
+"""What the machine can do, measured in the same run: multiply-adds and bytes per second."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import torch
+
+COPY_BYTES = 256 * 2**20  # far beyond any last-level cache
+
+
+def fma_gflops(threads: int, dtype: str, seconds: float = 0.2) -> tuple[float | None, str]:
+    """Peak GFLOP/s of fused multiply-adds on registers, the best of three, and where it comes from.
+
+    Args:
+        threads: threads that run at once.
+        dtype: "float32" or "float64".
+        seconds: time of one measurement.
+
+    Returns:
+        (GFLOP/s or None, source); None with the reason where the extension is missing.
+    """
+    try:
+        extension = importlib.import_module("hvpfast._cpu")
+    except ImportError as error:
+        return None, f"unmeasured: the cpu extension cannot be imported ({error})"
+    measure: Any = getattr(extension, "fma_peak", None)
+    if measure is None:
+        return None, "unmeasured: this build of the cpu extension has no fma_peak"
+    return max(float(measure(seconds, threads, dtype)) for _ in range(3)), "hvpfast._cpu.fma_peak"
+
+
+def copy_gbytes(repeats: int = 5) -> float:
+    """GB/s, read plus written, of copying a large float32 tensor; the best of ``repeats``."""
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY_BYTES / best / 1e9
+
+
+def measure(threads: int, dtype: str, seconds: float = 0.2) -> dict[str, Any]:
+    """The measured limits as a record: one thread, ``threads`` threads, memory."""
+    one, source = fma_gflops(1, dtype, seconds)
+    every, _ = (one, source) if threads == 1 else fma_gflops(threads, dtype, seconds)
+    return {
+        "dtype": dtype,
+        "threads": threads,
+        "fma_gflops_1": one,
+        "fma_gflops_all": every,
+        "fma_source": source,
+        "copy_gbytes_per_s": copy_gbytes(),
+    }

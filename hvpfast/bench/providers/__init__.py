@@ -1,0 +1,24 @@
+"""The providers in one table, in the order they are printed."""
+
+from __future__ import annotations
+
+from hvpfast.bench.providers.base import KINDS, Prepared, Provider
+from hvpfast.bench.providers.jax_jit import JaxJit
+from hvpfast.bench.providers.ours import Autograd, Functional
+from hvpfast.bench.providers.torch_eager import TorchEager
+from hvpfast.bench.providers.torch_func import TorchCompile, TorchFunc
+from hvpfast.bench.providers.torch_plain import TorchPlain
+
+_ALL: tuple[Provider, ...] = (
+    Functional("cpu"),
+    Autograd(),
+    Functional("reference"),
+    TorchEager(),
+    TorchFunc(),
+    TorchCompile(),
+    JaxJit(),
+    TorchPlain(),
+)
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
+
+__all__ = ["KINDS", "PROVIDERS", "Prepared", "Provider"]

@@ -1,0 +1,47 @@
+"""What a provider is: a named way to compute the operations, in forms that are timed apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hvpfast.bench.cases import Array, Problem
+
+KINDS = ("ours", "eager", "compiled", "plain")  # plain: an unpenalised training step
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One form ready to run, its inputs already in its natural layout.
+
+    Args:
+        call: one complete operation, finished when it returns.
+        outputs: turns what ``call`` returned into float arrays in flat order, by name: ``loss``
+            (), ``gradient`` (P,), ``hvp`` (K, P), ``quadratic`` (K,), ``penalty`` (), ``params``
+            (P,) after a training step.
+        drawn: the probes are drawn inside ``call`` and are not the problem's, so only statistics
+            can be compared.
+        restore: puts the parameters of a training step back where they started.
+    """
+
+    call: Callable[[], Any]
+    outputs: Callable[[Any], dict[str, Array]]
+    drawn: bool = False
+    restore: Callable[[], None] | None = None
+
+
+class Provider(Protocol):
+    """One library or one way of using it."""
+
+    name: str
+    kind: str
+
+    def unavailable(self) -> str | None:
+        """None when it can run here, otherwise the reason."""
+
+    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        """Names of the forms that compute the operation; empty when there is none."""
+
+    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
+        """Inputs in the form's layout, compiled objects made on the first call of the result."""

@@ -1,0 +1,238 @@
+"""hvpfast: the functional layer on a named backend, and the differentiable penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hvpfast as hf
+from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, PROBE_SEED, Array, Problem
+from hvpfast.bench.providers import torch_common as common
+from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.torch_eager import step_outputs
+from hvpfast.bench.providers.torch_plain import flat_model, sequential_model
+
+
+def spec_of(problem: Problem) -> hf.MLPSpec:
+    """The problem's network with mean cross-entropy."""
+    return hf.MLPSpec(problem.case.sizes, problem.case.activation)
+
+
+def columns(rows: Array) -> Tensor:
+    """Tangents (P, K) whose transpose is contiguous, as ``hf.probes`` returns them."""
+    return torch.tensor(rows).T
+
+
+def _outputs(operation: str) -> Callable[[Any], dict[str, Array]]:
+    if operation in ("hvp", "hvp_warm"):
+        return lambda out: {"hvp": np.ascontiguousarray(out.T)}
+    if operation == "quadratic":
+        return lambda out: {"quadratic": out.numpy()}
+    if operation == "gradient":
+        return lambda out: {"loss": out[0].numpy(), "gradient": out[1].numpy()}
+    return lambda out: {
+        "loss": out[0].numpy(),
+        "penalty": out[1].numpy(),
+        "gradient": out[2].numpy(),
+    }
+
+
+class Functional:
+    """``hf.linearize`` and what follows it; no autograd.
+
+    Forms: parameters ``flat`` (P,) or ``layers`` [W_1, b_1, ...]; ``drawn`` has the library draw
+        the probes.
+    """
+
+    kind = "ours"
+
+    def __init__(self, backend: str) -> None:
+        self.backend, self.name = backend, f"ours-{backend}"
+
+    def unavailable(self) -> str | None:
+        return hf.available()[self.backend]
+
+    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        if operation == "penalty":
+            return ("flat", "layers", "flat drawn")
+        if operation == "penalty_normal":
+            return ("flat drawn", "layers drawn", "flat given")
+        if operation == "train_step":
+            return ("flat rademacher fused", "flat normal fused")
+        return ("flat", "layers")
+
+    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
+        if operation == "train_step":
+            return self._train_step(form, problem)
+        params: Any = torch.tensor(problem.flat())
+        if form.startswith("layers"):
+            params = list(common.tensors(problem.params))
+        _, x, y = common.inputs(problem)
+        spec, backend = spec_of(problem), self.backend
+        V = columns(problem.tangents(operation))
+        call: Callable[[], Any]
+        if operation == "gradient":
+
+            def call() -> Any:
+                lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+                return lin.loss, lin.grad
+
+        elif operation == "hvp":
+
+            def call() -> Any:
+                return hf.hvp(hf.linearize(spec, params, x, y, backend=backend, order=2), V)
+
+        elif operation == "hvp_warm":
+            lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+
+            def call() -> Any:
+                return hf.hvp(lin, V)
+
+        elif operation == "quadratic":
+
+            def call() -> Any:
+                lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+                return hf.quadratic_form(lin, V)
+
+        else:
+            return self._penalty(form, operation, problem, params, x, y, V)
+        return Prepared(call, _outputs(operation))
+
+    def _penalty(
+        self,
+        form: str,
+        operation: str,
+        problem: Problem,
+        params: Any,
+        x: Tensor,
+        y: Tensor,
+        V: Tensor,
+    ) -> Prepared:
+        spec, backend, K = spec_of(problem), self.backend, problem.num_tangents
+        if not form.endswith("drawn"):
+
+            def given() -> Any:
+                lin = hf.linearize(spec, params, x, y, backend=backend)
+                return hf.penalty(lin, V, weights=PENALTY_WEIGHTS)
+
+            return Prepared(given, _outputs(operation))
+        normal = operation == "penalty_normal"
+        distribution = "normal" if normal else "rademacher"
+        seeds = iter(range(PROBE_SEED, 2**62)) if normal else None
+
+        def drawn() -> Any:
+            seed = PROBE_SEED if seeds is None else next(seeds)
+            lin = hf.linearize(spec, params, x, y, backend=backend)
+            return hf.penalty(
+                lin, num_probes=K, distribution=distribution, seed=seed, weights=PENALTY_WEIGHTS
+            )
+
+        return Prepared(drawn, _outputs(operation), drawn=normal)
+
+    def _train_step(self, form: str, problem: Problem) -> Prepared:
+        """The penalised gradient written to ``.grad`` of the one flat parameter, then Adam."""
+        model = flat_model(problem)
+        _, x, y = common.inputs(problem)
+        spec, backend, K = spec_of(problem), self.backend, problem.num_tangents
+        optimizer = torch.optim.Adam([model.flat], fused=True, **ADAM)
+        seeds = iter(range(PROBE_SEED, 2**62))
+        distribution = form.split(" ")[1]
+
+        def step() -> Any:
+            lin = hf.linearize(spec, model.flat, x, y, backend=backend)
+            _, _, model.flat.grad = hf.penalty(
+                lin,
+                num_probes=K,
+                distribution=distribution,
+                seed=next(seeds),
+                weights=PENALTY_WEIGHTS,
+            )
+            optimizer.step()
+            return (model.flat,)
+
+        return Prepared(step, step_outputs, distribution == "normal", restorer((model.flat,)))
+
+
+def restorer(params: tuple[Tensor, ...]) -> Callable[[], None]:
+    """A function that puts the present values back into the parameters."""
+    start = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for p, value in zip(params, start, strict=True):
+            p.copy_(value)
+
+    return restore
+
+
+class Autograd:
+    """``hf.hessian_penalty(...)`` followed by ``backward()``, as a training loop has it.
+
+    Forms: ``MLP`` is hvpfast.MLP with its one flat parameter, ``Sequential`` an ordinary module.
+    """
+
+    name = "ours-autograd"
+    kind = "ours"
+
+    def unavailable(self) -> str | None:
+        if not hasattr(hf, "hessian_penalty"):
+            return "this version of hvpfast has no hessian_penalty"
+        return hf.available()["cpu"]
+
+    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        if operation == "penalty":
+            return ("MLP", "Sequential")
+        if operation == "penalty_normal":
+            return ("MLP drawn", "Sequential drawn")
+        if operation == "train_step":
+            return ("MLP rademacher fused", "Sequential rademacher fused", "MLP normal fused")
+        return ()
+
+    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
+        model: nn.Module = (
+            flat_model(problem) if form.startswith("MLP") else sequential_model(problem)
+        )
+        params = tuple(model.parameters())
+        _, x, y = common.inputs(problem)
+        criterion, K = nn.CrossEntropyLoss(), problem.num_tangents
+        normal = operation == "penalty_normal" or "normal" in form
+        distribution = "normal" if normal else "rademacher"
+        fixed = operation == "penalty"
+        seeds = iter(range(PROBE_SEED, 2**62))
+
+        def backward() -> Any:
+            loss, penalty = hf.hessian_penalty(
+                model,
+                criterion,
+                (x, y),
+                num_probes=K,
+                distribution=distribution,
+                seed=PROBE_SEED if fixed else next(seeds),
+                backend="cpu",
+            )
+            total: Any = PENALTY_WEIGHTS[0] * loss + PENALTY_WEIGHTS[1] * penalty
+            total.backward()
+            return loss, penalty
+
+        if operation == "train_step":
+            optimizer = torch.optim.Adam(params, fused=True, **ADAM)
+
+            def step() -> Any:
+                optimizer.zero_grad(set_to_none=True)
+                backward()
+                optimizer.step()
+                return params
+
+            return Prepared(step, step_outputs, normal, restorer(params))
+
+        def call() -> Any:
+            for p in params:
+                p.grad = None
+            loss, penalty = backward()
+            return loss, penalty, tuple(p.grad for p in params)
+
+        return Prepared(call, common.named_outputs(operation), drawn=normal)

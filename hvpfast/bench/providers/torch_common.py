@@ -1,0 +1,74 @@
+"""The network in plain torch, and the layouts torch providers start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hvpfast.bench.cases import Array, Problem
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "sigmoid": torch.sigmoid}
+
+
+def mlp_loss(
+    params: Sequence[Tensor], x: Tensor, y: Tensor, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Mean cross-entropy of the network W_1, b_1, ... on x (N, D[0]), y (N,)."""
+    a = x
+    for i in range(0, len(params) - 2, 2):
+        a = act(F.linear(a, params[i], params[i + 1]))
+    return F.cross_entropy(F.linear(a, params[-2], params[-1]), y)
+
+
+def tensors(arrays: Sequence[Array]) -> tuple[Tensor, ...]:
+    """Copies as tensors, so that no two providers share memory."""
+    return tuple(torch.tensor(a) for a in arrays)
+
+
+def inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """params, x, y."""
+    return tensors(problem.params), torch.tensor(problem.x), torch.tensor(problem.y)
+
+
+def flat(parts: Sequence[Any]) -> Array:
+    """Arrays shaped like the parameters as one vector (P,)."""
+    return np.concatenate(
+        [np.asarray(p.detach() if isinstance(p, Tensor) else p).ravel() for p in parts]
+    )
+
+
+def rows(found: Any) -> Array:
+    """A list of K trees, or a tree of stacked arrays, as (K, P)."""
+    if isinstance(found, list):
+        return np.stack([flat(tree) for tree in found])
+    return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in found], axis=1)
+
+
+def scalar(value: Any) -> Array:
+    """A scalar as a 0-dim array."""
+    return np.asarray(float(value.detach() if isinstance(value, Tensor) else value))
+
+
+def scalars(found: Any) -> Array:
+    """A list of K scalars, or an array (K,), as (K,)."""
+    return np.array([float(scalar(q)) for q in found])
+
+
+def named_outputs(operation: str) -> Callable[[Any], dict[str, Array]]:
+    """The converter of a tree-valued result of ``operation`` for ``Prepared.outputs``."""
+    if operation == "gradient":
+        return lambda out: {"loss": scalar(out[0]), "gradient": flat(out[1])}
+    if operation in ("hvp", "hvp_warm"):
+        return lambda out: {"hvp": rows(out)}
+    if operation == "quadratic":
+        return lambda out: {"quadratic": scalars(out)}
+    return lambda out: {
+        "loss": scalar(out[0]),
+        "penalty": scalar(out[1]),
+        "gradient": flat(out[2]),
+    }

@@ -1,0 +1,136 @@
+"""Records: what ran where, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hvpfast
+
+PACKAGES = ("hvpfast", "torch", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "XLA_FLAGS",
+    "JAX_PLATFORMS",
+    "TORCHINDUCTOR_CPP_WRAPPER",
+)
+# The flags that decide which kernels can run; the rest of /proc/cpuinfo's list says nothing here.
+INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_bf16",
+                    "avx512_vnni", "amx_tile", "asimd", "sve")  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the settings that times depend on, ready for JSON."""
+    model, flags = _processor()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "cpu_model": model,
+        "cpu_flags": flags,
+        "cpu_count": os.cpu_count(),
+        "cpu_affinity": usable_cores(),
+        "memory_bytes": _memory(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
+        "torch_threads": torch.get_num_threads(),
+        "torch_interop_threads": torch.get_num_interop_threads(),
+        "torch_config": torch.__config__.show(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "backends": hvpfast.available(),
+        "commit": _commit(),
+    }
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> tuple[str, list[str]]:
+    model, flags = platform.processor(), list[str]()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() in ("flags", "Features"):
+                flags = [f for f in value.split() if f in INSTRUCTION_SETS]
+                break
+    return model or "unknown", flags
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit and whether the tree differs from it, when the package lies in a git checkout."""
+    root = Path(hvpfast.__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        if not (root / ".git").exists():
+            return None
+        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``content`` as JSON by :func:`write_text`; NaN and infinity are refused."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that holds either its old or its new content, never a part of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def command_line() -> str:
+    """The command as typed, without folders of this machine."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

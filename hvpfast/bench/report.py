@@ -1,0 +1,223 @@
+"""A record printed as tables, and drawn as a figure. Functions of the record only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvpfast.bench.marks import judge
+
+Row = Mapping[str, Any]
+Cell = tuple[str, int, str]
+DISTURBED = 0.05  # cores used by other processes; a quiet machine shows less
+COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "plain": "#8c8c8c"}
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits with a unit: ``"138 us"``."""
+    if seconds is None:
+        return "-"
+    for factor, unit in ((1e6, "us"), (1e3, "ms")):
+        if seconds * factor < 1000:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def cells_of(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
+    """Rows by (case, K, operation), in order of appearance."""
+    found: dict[Cell, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
+    return found
+
+
+def table(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines in aligned columns; the first line is the header, the first two columns are text."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def align(line: tuple[str, ...]) -> str:
+        words = [
+            word.ljust(width) if i < 2 else word.rjust(width)
+            for i, (word, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "  ".join(words).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([align(lines[0]), rule, *(align(line) for line in lines[1:])])
+
+
+def _gradients(rows: Iterable[Row]) -> dict[str, float]:
+    """Seconds of torch's own gradient per case, the unit of the column "gradients"."""
+    return {
+        row["case"]: row["median_s"]
+        for row in rows
+        if row["operation"] == "gradient" and row["provider"] == "torch-eager" and row["median_s"]
+    }
+
+
+def cell_table(rows: list[Row], gradient: float | None) -> str:
+    """One cell, fastest first."""
+    ours = [r["median_s"] for r in rows if r["provider"] == "ours-cpu" and r["status"] == "timed"]
+    best = min(ours, default=None)
+    lines = [("provider", "form", "median", "q1", "q3", "GFLOP/s", "peak", "gradients", "x ours",
+              "memory")]  # fmt: skip
+    for row in sorted(rows, key=lambda r: r["median_s"] or float("inf")):
+        seconds = row["median_s"]
+        lines.append(
+            (
+                row["provider"],
+                row["form"] + ("" if row["status"] == "timed" else f" ({row['status']})"),
+                duration(seconds),
+                duration(row["q1_s"]),
+                duration(row["q3_s"]),
+                "-" if row["gflops"] is None else f"{row['gflops']:.3g}",
+                "-" if row["peak_fraction"] is None else f"{row['peak_fraction']:.0%}",
+                "-" if not (seconds and gradient) else f"{seconds / gradient:.2f}",
+                "-" if not (seconds and best) else f"{seconds / best:.2f}",
+                _memory(row),
+            )
+        )
+    return table(lines)
+
+
+def _memory(row: Row) -> str:
+    found = row["memory"]
+    return f"{found['first'] / 2**20:.3g} MiB" if found and "first" in found else "-"
+
+
+def marks_table(rows: Iterable[Row]) -> str:
+    """The marks whose cells were run."""
+    found = judge(rows)
+    if not found:
+        return "no mark is about the cells of this run"
+    lines = [("case", "operation", "K", "against", "wanted", "reached", "met", "ours", "rival")]
+    for mark in found:
+        least = "<=" if mark["against"] == "plain" else ">="
+        reached = mark["reached"]
+        lines.append(
+            (
+                mark["case"],
+                mark["operation"],
+                str(mark["num_tangents"]),
+                mark["against"],
+                f"{least} {mark['wanted']:g}",
+                "-" if reached is None else f"{reached:.2f}",
+                mark["reason"] if reached is None else ("yes" if mark["met"] else "NO"),
+                f"{mark['provider']}: {mark['form'] or '-'}",
+                mark["rival"] or "-",
+            )
+        )
+    return table(lines)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The whole record as text.
+
+    Args:
+        result: what ``run_bench`` returned, or the JSON of a record.
+    """
+    environment, limits, rows = result["environment"], result["peak"], result["rows"]
+    parts = [
+        f"{environment['cpu_model']}, {environment['cpu_affinity']} cores, "
+        f"{limits['threads']} threads, {limits['dtype']}",
+        "FMA peak: "
+        + (
+            f"{limits['fma_gflops_1']:.0f} GFLOP/s on one thread, "
+            f"{limits['fma_gflops_all']:.0f} on all"
+            if limits["fma_gflops_all"]
+            else limits["fma_source"]
+        )
+        + f"; copy {limits['copy_gbytes_per_s']:.1f} GB/s",
+    ]
+    if (limits["disturbance"] or 0.0) > DISTURBED:
+        parts.append(
+            f"DISTURBED: other processes used {limits['disturbance']:.2f} cores while the peak was "
+            "measured, so shares of the peak are too large"
+        )
+    gradients = _gradients(rows)
+    for (case, K, operation), cell in cells_of(rows).items():
+        macs = next((r for r in cell if r["kind"] != "plain"), cell[0])
+        parts.append(
+            f"\n{case}, K = {K}, {operation}: at least {macs['macs'] / 1e6:.4g} M multiply-adds "
+            f"(schedule: {macs['schedule']}), {macs['bytes'] / 1e6:.4g} MB; floors: arithmetic "
+            f"{duration(macs['arithmetic_floor_s'])}, traffic {duration(macs['traffic_floor_s'])}\n"
+            + cell_table(cell, gradients.get(case))
+        )
+        busy = max((r["disturbance"] or 0.0 for r in cell), default=0.0)
+        if busy > DISTURBED:
+            parts.append(f"  DISTURBED: other processes used {busy:.2f} cores during this timing")
+        parts += [
+            f"  {r['status']}: {r['provider']}: {r['form']}: {r['reason']}"
+            for r in cell
+            if r["status"] in ("wrong", "failed")
+        ]
+    parts.append("\nMarks (ratios of medians of this run)\n" + marks_table(rows))
+    parts += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
+    if result["interrupted"]:
+        parts.append("INTERRUPTED: the cells that were not finished are missing")
+    return "\n".join(parts)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """One panel per cell: the fastest form of each provider, median with quartiles, log scale.
+
+    Args:
+        result: the record.
+        path: image file, format by its suffix.
+
+    Raises:
+        RuntimeError: matplotlib is not installed, or nothing was timed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("figures need matplotlib: pip install 'hvpfast[bench]'") from error
+    panels = {
+        cell: best
+        for cell, rows in cells_of(result["rows"]).items()
+        if (best := _fastest_forms(rows))
+    }
+    if not panels:
+        raise RuntimeError("nothing was timed, so there is nothing to draw")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis, ((case, K, operation), rows) in zip(axes, panels.items(), strict=False):
+        places = range(len(rows))
+        medians = [r["median_s"] for r in rows]
+        spread = [
+            [r["median_s"] - r["q1_s"] for r in rows],
+            [r["q3_s"] - r["median_s"] for r in rows],
+        ]
+        colours = [COLOURS[r["kind"]] for r in rows]
+        axis.barh(places, medians, xerr=spread, color=colours, height=0.7, error_kw={"lw": 1})
+        axis.set_yticks(list(places), [f"{r['provider']}\n{r['form']}" for r in rows], fontsize=6)
+        axis.set_xscale("log")
+        axis.set_xlim(min(medians) / 2, max(medians) * 6)
+        for place, r in zip(places, rows, strict=True):
+            share = "" if r["peak_fraction"] is None else f", {r['peak_fraction']:.0%} of peak"
+            axis.text(
+                r["q3_s"] * 1.1, place, duration(r["median_s"]) + share, va="center", fontsize=6
+            )
+        axis.invert_yaxis()
+        axis.set_title(f"{case}, K = {K}: {operation}", fontsize=8)
+        axis.set_xlabel("seconds per call", fontsize=7)
+        axis.tick_params(labelsize=6)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _fastest_forms(rows: Iterable[Row]) -> list[Row]:
+    """The fastest timed form of each provider, fastest first."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row["status"] != "timed":
+            continue
+        known = best.get(row["provider"])
+        if known is None or row["median_s"] < known["median_s"]:
+            best[row["provider"]] = row
+    return sorted(best.values(), key=lambda r: float(r["median_s"]))

@@ -1,0 +1,335 @@
+"""One run: every cell (case, K, operation) gated, screened, timed in rounds, recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvpfast.bench import memory, peak, record, timing
+from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES, Case, build
+from hvpfast.bench.counts import minimal, minimal_bytes
+from hvpfast.bench.gate import Gate
+from hvpfast.bench.providers import PROVIDERS, Prepared, Provider
+
+MIN_ROUNDS = 7
+SCREEN = 1.5  # a form slower than its provider's fastest by more is not timed further
+COMPILE_LEFT_OUT = "left out of the quick run, because compiling takes longer than the rest of it"
+QUICK_FORMS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Args:
+        cases, operations, providers: names; empty means all.
+        rounds: rounds per cell, fewer where ``budget`` seconds do not allow them (never below
+            ``MIN_ROUNDS``).
+        threads: threads for torch and hvpfast, and cores for XLA.
+        dtype: "float32" or "float64".
+        memory: also measure peak memory, one process per form.
+        quick: the tiny cases, few rounds, no torch.compile: a check that everything works.
+        out: folder for record and figure, or None.
+    """
+
+    cases: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    rounds: int = 25
+    threads: int = field(default_factory=record.usable_cores)
+    dtype: str = "float32"
+    memory: bool = False
+    quick: bool = False
+    budget: float = 60.0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names and numbers out of range."""
+        known = {**CASES, **QUICK_CASES}
+        for what, names, allowed in (
+            ("case", self.cases, tuple(known)),
+            ("operation", self.operations, OPERATIONS),
+            ("provider", self.providers, tuple(PROVIDERS)),
+            ("dtype", (self.dtype,), DTYPES),
+        ):
+            for name in names:
+                if name not in allowed:
+                    raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(allowed)}")
+        if self.rounds < 1 or self.threads < 1:
+            raise ValueError(f"rounds and threads must be >= 1; got {self.rounds}, {self.threads}")
+
+    def chosen_cases(self) -> list[Case]:
+        """The cases to run, in order."""
+        if self.cases:
+            return [{**CASES, **QUICK_CASES}[name] for name in self.cases]
+        return list((QUICK_CASES if self.quick else CASES).values())
+
+    def cells(self) -> list[tuple[Case, int, str]]:
+        """(case, K, operation); an operation without tangents is run for the first K only."""
+        return [
+            (case, K, operation)
+            for case in self.chosen_cases()
+            for K in case.num_tangents
+            for operation in case.operations
+            if not self.operations or operation in self.operations
+            if operation != "gradient" or case.num_tangents.index(K) == 0
+        ]
+
+
+class Progress:
+    """One line on stderr that says where the run is."""
+
+    def __init__(self, cells: int, stream: Any = None) -> None:
+        self.cells, self.cell, self.label = cells, 0, ""
+        self.stream = sys.stderr if stream is None else stream
+        self.live = bool(getattr(self.stream, "isatty", lambda: False)())
+
+    def start(self, label: str) -> None:
+        """The next cell."""
+        self.cell, self.label = self.cell + 1, label
+        if not self.live:
+            print(f"[{self.cell}/{self.cells}] {label}", file=self.stream, flush=True)
+
+    def say(self, what: str) -> None:
+        """What happens inside the cell; overwritten on a terminal, silent elsewhere."""
+        if self.live:
+            line = f"[{self.cell}/{self.cells}] {self.label}: {what}"
+            print(f"\r\x1b[K{line[:110]}", end="", file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the line clean."""
+        if self.live:
+            print("\r\x1b[K", end="", file=self.stream, flush=True)
+
+
+def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
+    """Run the cells and return the record; with ``settings.out`` it is written after every cell.
+
+    Args:
+        settings: what to run.
+        stream: where the progress line goes; stderr if None.
+
+    Returns:
+        {"environment", "settings", "peak", "skipped", "rows", "interrupted", "seconds"}.  An
+        interrupt (Ctrl-C) ends the run after which the record holds the cells that were finished.
+    """
+    started = time.perf_counter()
+    cells = settings.cells()
+    progress = Progress(len(cells), stream)
+    with _threads(settings.threads):
+        providers, skipped = _usable(settings)
+        result: dict[str, Any] = {
+            "environment": record.environment(),
+            "command": record.command_line(),
+            "settings": {
+                "rounds": settings.rounds,
+                "threads": settings.threads,
+                "dtype": settings.dtype,
+                "quick": settings.quick,
+                "budget_s": settings.budget,
+            },
+            "peak": _limits(settings),
+            "skipped": skipped,
+            "rows": [],
+            "interrupted": False,
+        }
+        try:
+            for case, K, operation in cells:
+                progress.start(f"{case.name} K={K} {operation}")
+                result["rows"] += _cell(case, K, operation, providers, settings, result, progress)
+                _save(result, settings, started)
+        except KeyboardInterrupt:
+            result["interrupted"] = True
+        progress.close()
+        _save(result, settings, started)
+    return result
+
+
+def _save(result: dict[str, Any], settings: Settings, started: float) -> None:
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    if settings.out is not None:
+        record.write_json(settings.out / "bench.json", result)
+
+
+@contextlib.contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Threads of torch, and the cores of thread pools made from here on; as before afterwards.
+
+    XLA sizes its pool by the cores it may use when it starts, so a limit holds only where jax was
+    not started before.
+    """
+    before = torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    torch.set_num_threads(threads)
+    if cores is not None and threads < len(cores):
+        os.sched_setaffinity(0, sorted(cores)[:threads])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+def _limits(settings: Settings) -> dict[str, Any]:
+    """The machine's limits, and how much of it others used while they were measured."""
+    disturbance = timing.Disturbance()
+    found = peak.measure(settings.threads, settings.dtype, 0.02 if settings.quick else 0.2)
+    return {**found, "disturbance": disturbance.share()}
+
+
+def _usable(settings: Settings) -> tuple[list[Provider], dict[str, str]]:
+    """The providers that can run, and why the others cannot."""
+    usable, skipped = list[Provider](), dict[str, str]()
+    for name in settings.providers or tuple(PROVIDERS):
+        reason = PROVIDERS[name].unavailable()
+        if reason is None and settings.quick and name == "torch-compile" and not settings.providers:
+            reason = COMPILE_LEFT_OUT
+        if reason is None:
+            usable.append(PROVIDERS[name])
+        else:
+            skipped[name] = reason
+    return usable, skipped
+
+
+def _cell(
+    case: Case,
+    num_tangents: int,
+    operation: str,
+    providers: Sequence[Provider],
+    settings: Settings,
+    result: dict[str, Any],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Rows of one cell, every form of every provider."""
+    gate = Gate(build(case, num_tangents, settings.dtype), operation)
+    rows: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Prepared] = {}
+    for provider in providers:
+        forms = provider.forms(operation, num_tangents)
+        for form in forms[:QUICK_FORMS] if settings.quick else forms:
+            key = f"{provider.name}: {form}"
+            progress.say(f"checking {key}")
+            row, prepared = _check(provider, form, operation, gate)
+            rows[key] = {
+                **_identity(case, num_tangents, operation, provider, form, settings),
+                **row,
+            }
+            if prepared is not None:
+                ready[key] = prepared
+        _screen([key for key in ready if rows[key]["provider"] == provider.name], rows, ready)
+    estimates = {key: float(rows[key]["median_s"]) for key in ready}
+    rounds = _rounds(estimates, settings)
+
+    def tick(done: int) -> None:
+        progress.say(f"round {done} of {rounds}")
+
+    disturbance = timing.Disturbance()
+    times = timing.interleave(
+        {key: prepared.call for key, prepared in ready.items()}, estimates, rounds, tick
+    )
+    share = disturbance.share()
+    for key, measured in times.items():
+        low, high = measured.quartiles
+        rows[key].update(
+            status="timed", median_s=measured.median, q1_s=low, q3_s=high,
+            min_s=min(measured.seconds), rounds=rounds, inner=measured.inner,
+            disturbance=share,
+        )  # fmt: skip
+    ready.clear()
+    for key, row in rows.items():
+        _rate(row, case, settings, result["peak"])
+        if settings.memory and row["status"] in ("timed", "screened"):
+            progress.say(f"memory of {key}")
+            row["memory"] = memory.measure(
+                case.name, num_tangents, settings.dtype, operation, row["provider"], row["form"],
+                settings.threads,
+            )  # fmt: skip
+    return list(rows.values())
+
+
+def _identity(
+    case: Case, K: int, operation: str, provider: Provider, form: str, settings: Settings
+) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "sizes": list(case.sizes),
+        "activation": case.activation,
+        "num_samples": case.num_samples,
+        "num_tangents": K,
+        "operation": operation,
+        "provider": provider.name,
+        "kind": provider.kind,
+        "form": form,
+        "dtype": settings.dtype,
+        "threads": settings.threads,
+        **dict.fromkeys(("status", "reason", "median_s", "q1_s", "q3_s", "min_s", "rounds", "inner",
+                         "first_call_s", "errors", "memory", "disturbance")),
+    }  # fmt: skip
+
+
+def _check(
+    provider: Provider, form: str, operation: str, gate: Gate
+) -> tuple[dict[str, Any], Prepared | None]:
+    """Prepare and judge one form; only what passes the gate comes back to be timed."""
+    gate.truths(provider.kind)
+    start = time.perf_counter()
+    try:
+        prepared = provider.prepare(form, operation, gate.problem)
+        verdict = gate.judge(prepared, provider.kind)
+        first = time.perf_counter() - start
+        seconds = timing.estimate(prepared.call) if verdict.ok else None
+    except Exception as error:  # a provider that breaks is reported, and the run goes on
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}, None
+    errors = {  # JSON has no infinity and no NaN
+        name: [value if math.isfinite(value) else None for value in pair]
+        for name, pair in verdict.errors.items()
+    }
+    row = {"errors": errors, "first_call_s": first, "median_s": seconds}
+    if not verdict.ok:
+        return {**row, "status": "wrong", "reason": verdict.reason}, None
+    return {**row, "status": "checked"}, prepared
+
+
+def _screen(keys: list[str], rows: dict[str, dict[str, Any]], ready: dict[str, Prepared]) -> None:
+    """Drop a provider's forms that are far slower than its best; they keep their quick estimate."""
+    best = min((rows[key]["median_s"] for key in keys), default=0.0)
+    for key in keys:
+        if rows[key]["median_s"] > SCREEN * best:
+            rows[key].update(
+                status="screened", reason=f"over {SCREEN} times its provider's best form"
+            )
+            del ready[key]
+
+
+def _rounds(estimates: dict[str, float], settings: Settings) -> int:
+    turn = sum(
+        timing.SETTLE_SECONDS + max(seconds, timing.TURN_SECONDS + timing.WARM_SECONDS)
+        for seconds in estimates.values()
+    )
+    wanted = min(3, settings.rounds) if settings.quick else settings.rounds
+    return min(wanted, max(MIN_ROUNDS, int(settings.budget / max(turn, 1e-9))))
+
+
+def _rate(row: dict[str, Any], case: Case, settings: Settings, limits: dict[str, Any]) -> None:
+    """Minimal operations and bytes, the time these take at the measured limits, and the rate."""
+    operation = "gradient" if row["kind"] == "plain" else row["operation"]
+    K = row["num_tangents"]
+    schedule, macs = minimal(case, operation, K)
+    moved = minimal_bytes(case, operation, K, 4 if settings.dtype == "float32" else 8)
+    row.update(schedule=schedule, macs=macs, bytes=moved, gflops=None, peak_fraction=None)
+    row["traffic_floor_s"] = moved / limits["copy_gbytes_per_s"] / 1e9
+    peak_rate = limits["fma_gflops_all"]
+    row["arithmetic_floor_s"] = 2 * macs / peak_rate / 1e9 if peak_rate else None
+    if row["median_s"] is not None:
+        row["gflops"] = 2 * macs / row["median_s"] / 1e9
+        row["peak_fraction"] = row["gflops"] / peak_rate if peak_rate else None

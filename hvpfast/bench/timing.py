@@ -1,0 +1,147 @@
+"""Interleaved timing: every round runs each competitor once, starting with another one each time.
+
+A competitor's turn is: a pause, in which worker threads that spin after the previous turn go to
+sleep; untimed calls that bring its data back into the caches; then ``inner`` calls under the
+clock, enough for the clock not to matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TURN_SECONDS = 2e-3  # clocked time aimed at in one turn
+WARM_SECONDS = 1e-3  # untimed calls ahead of it, at least one for calls shorter than COLD_SECONDS
+COLD_SECONDS = 2e-2  # a call this long refills the caches many times over: no call ahead
+SETTLE_SECONDS = 5e-3  # OpenMP and XLA workers spin for a few milliseconds after their last task
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one value per round."""
+
+    seconds: tuple[float, ...]
+    inner: int
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Lower and upper quartile over the rounds."""
+        low, high = np.percentile(self.seconds, (25, 75))
+        return float(low), float(high)
+
+
+def estimate(call: Callable[[], Any]) -> float:
+    """A quick guess of the seconds per call: the smallest of at least two, of five if short."""
+    best, spent, done = float("inf"), 0.0, 0
+    while done < 2 or (spent < 0.1 and done < 5) or (spent < 0.02 and done < 20):
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+        best, spent, done = min(best, took), spent + took, done + 1
+        if took > 1.0:
+            break
+    return best
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    estimates: Mapping[str, float],
+    rounds: int,
+    tick: Callable[[int], None] = lambda done: None,
+) -> dict[str, Times]:
+    """Time every call in ``rounds`` rounds.
+
+    Args:
+        calls: by name; each call is complete when it returns.
+        estimates: seconds per call, to choose how many calls make a turn.
+        rounds: rounds, each with one turn per call.
+        tick: told the number of rounds done.
+
+    Returns:
+        Times by name.
+    """
+    names = list(calls)
+    if not names:
+        return {}
+    inner = {n: max(1, min(1000, round(TURN_SECONDS / max(estimates[n], 1e-7)))) for n in names}
+    warm = {
+        n: max(1, min(1000, round(WARM_SECONDS / max(estimates[n], 1e-7))))
+        if estimates[n] < COLD_SECONDS
+        else 0
+        for n in names
+    }
+    seconds: dict[str, list[float]] = {n: [] for n in names}
+    with no_collection():
+        for done in range(rounds):
+            first = done % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(_turn(calls[name], warm[name], inner[name]))
+                if estimates[name] > COLD_SECONDS:  # its cycles may hold much memory
+                    gc.collect()
+            gc.collect()
+            tick(done + 1)
+    return {n: Times(tuple(seconds[n]), inner[n]) for n in names}
+
+
+def _turn(call: Callable[[], Any], warm: int, inner: int) -> float:
+    time.sleep(SETTLE_SECONDS)
+    for _ in range(warm):
+        call()
+    repeats = range(inner)
+    start = time.perf_counter()
+    for _ in repeats:
+        call()
+    return (time.perf_counter() - start) / inner
+
+
+class Disturbance:
+    """How much of the machine other processes used since the object was made."""
+
+    def __init__(self) -> None:
+        self.start = _processor_seconds()
+
+    def share(self) -> float | None:
+        """Cores used by other processes on average; None where Linux's /proc is absent."""
+        now = _processor_seconds()
+        if self.start is None or now is None:
+            return None
+        elapsed, everyone, own = (b - a for a, b in zip(self.start, now, strict=True))
+        return max(0.0, (everyone - own) / elapsed) if elapsed > 0 else 0.0
+
+
+def _processor_seconds() -> tuple[float, float, float] | None:
+    """Wall seconds; busy seconds of all cores, stolen ones included; those of this process."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = (int(f) for f in fields[:8])
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return time.perf_counter(), busy, own.user + own.system
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """The garbage collector off; as before afterwards."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
