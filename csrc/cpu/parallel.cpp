@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -19,15 +20,13 @@ inline void pause() {
 #endif
 }
 
-// Waits for `done` to hold at most `tries` times: spins for a few microseconds (a wake-up from
-// sleep costs tens of them), then yields in between, for the thread that is waited for may want
-// this very core.
+// Waits for `done` to hold, at most `tries` times: the first `spins` without giving up the core (a
+// wake-up from sleep costs tens of microseconds), the others yielding it.
 template <class Condition>
-bool wait_until(Condition done, int64_t tries) {
-  constexpr int64_t kSpins = 200;
+bool wait_until(Condition done, int64_t spins, int64_t tries) {
   for (int64_t i = 0; i < tries; ++i) {
     if (done()) return true;
-    if (i < kSpins) {
+    if (i < spins) {
       pause();
     } else {
       sched_yield();
@@ -35,8 +34,13 @@ bool wait_until(Condition done, int64_t tries) {
   }
   return false;
 }
+// Inside a region: who yields its core to another library's spinning thread gets it back after
+// milliseconds, so it is kept for about the length of a region.
+constexpr int64_t kRegionSpins = 20000;
 constexpr int64_t kForever = INT64_MAX;
-constexpr int64_t kIdleTries = 400;  // of a worker, before it sleeps
+// Between regions: a worker spins, yields, then sleeps.
+constexpr int64_t kIdleSpins = 200;
+constexpr int64_t kIdleTries = 400;
 
 class Pool {
  public:
@@ -44,22 +48,24 @@ class Pool {
     while (int(workers_.size()) < size - 1) {
       workers_.push_back(std::make_unique<Worker>());
       Worker* worker = workers_.back().get();
+      worker->rank = int(workers_.size());
       std::thread([this, worker] { serve(worker); }).detach();
     }
     Team::Shared shared;
     body_ = &body;
     shared_ = &shared;
     size_ = size;
-    unfinished_.store(size - 1, std::memory_order_relaxed);
+    gate_.store(kOpen, std::memory_order_release);
     for (int rank = 1; rank < size; ++rank) {
-      Worker& worker = *workers_[rank - 1];
-      worker.rank = rank;
+      Worker& worker = *workers_[size_t(rank - 1)];
       worker.calls.fetch_add(1, std::memory_order_release);
       worker.calls.notify_one();
     }
     Team team(0, size, &shared);
     body(team);
-    wait_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; }, kForever);
+    // Nobody enters any more; those inside have no task left and are on their way out.
+    gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    wait_until([&] { return gate_.load(std::memory_order_acquire) == 0; }, kRegionSpins, kForever);
   }
 
  private:
@@ -72,25 +78,36 @@ class Pool {
     uint32_t seen = 0;
     for (;;) {
       const auto called = [&] { return worker->calls.load(std::memory_order_acquire) != seen; };
-      if (!wait_until(called, kIdleTries)) worker->calls.wait(seen, std::memory_order_acquire);
-      ++seen;
-      Team team(worker->rank, size_, shared_);
-      (*body_)(team);
-      unfinished_.fetch_sub(1, std::memory_order_release);
+      if (!wait_until(called, kIdleSpins, kIdleTries))
+        worker->calls.wait(seen, std::memory_order_acquire);
+      seen = worker->calls.load(std::memory_order_acquire);
+      if (!enter()) continue;  // too late: the caller has done it all
+      if (worker->rank < size_) {
+        Team team(worker->rank, size_, shared_);
+        (*body_)(team);
+      }
+      gate_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  bool enter() {
+    uint32_t gate = gate_.load(std::memory_order_acquire);
+    while (gate & kOpen)
+      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
+    return false;
+  }
+
+  static constexpr uint32_t kOpen = uint32_t(1) << 31;
   std::vector<std::unique_ptr<Worker>> workers_;
   const std::function<void(Team&)>* body_ = nullptr;
   Team::Shared* shared_ = nullptr;
   int size_ = 0;
-  std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<uint32_t> gate_{0};  // kOpen, and the number of workers inside
 };
 
 struct Process {
   std::mutex busy;
-  Pool* pool =
-      new Pool;  // never destroyed: its threads are detached and sleep until the process ends
+  Pool* pool = new Pool;  // never destroyed: its threads are detached and sleep until the end
 };
 
 Process* process() {
@@ -108,15 +125,13 @@ Process* process() {
 
 }  // namespace
 
-void Team::barrier() {
-  const uint32_t epoch = shared_->epoch.load(std::memory_order_acquire);
-  if (shared_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-    shared_->arrived.store(0, std::memory_order_relaxed);
-    shared_->next.store(0, std::memory_order_relaxed);
-    shared_->epoch.store(epoch + 1, std::memory_order_release);
-  } else {
-    wait_until([&] { return shared_->epoch.load(std::memory_order_acquire) != epoch; }, kForever);
-  }
+int Team::next_phase() {
+  if (phase_ == kMostPhases) throw std::logic_error("too many phases in one parallel region");
+  return phase_++;
+}
+
+void Team::wait(const std::atomic<int64_t>& done, int64_t count) {
+  wait_until([&] { return done.load(std::memory_order_acquire) >= count; }, kRegionSpins, kForever);
 }
 
 void parallel(int threads, const std::function<void(Team&)>& body) {
