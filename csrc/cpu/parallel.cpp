@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -134,16 +135,44 @@ void Team::wait(const std::atomic<int64_t>& done, int64_t count) {
   wait_until([&] { return done.load(std::memory_order_acquire) >= count; }, kRegionSpins, kForever);
 }
 
-void parallel(int threads, const std::function<void(Team&)>& body) {
-  Process* p = process();
-  std::unique_lock<std::mutex> lock(p->busy, std::defer_lock);
-  if (threads > 1 && lock.try_lock()) {
-    p->pool->run(threads, body);
-  } else {
-    Team::Shared shared;
-    Team team(0, 1, &shared);
-    body(team);
+// The OpenMP runtime that this process already has (torch brings one), or null. Its idle threads
+// spin for milliseconds after a region: threads of our own beside them would wait for a core that
+// long, and its threads start at once. GOMP_parallel is libgomp's stable entry, which LLVM's
+// runtime has as well.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+static OpenMpParallel openmp_parallel() {
+  static const OpenMpParallel entry =
+      reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return entry;
+}
+
+struct OpenMpJob {
+  const std::function<void(Team&)>& body;
+  int size;
+  Team::Shared shared;
+  std::atomic<int> members{0};
+
+  static void member(void* data) {
+    OpenMpJob& job = *static_cast<OpenMpJob*>(data);
+    Team team(job.members.fetch_add(1, std::memory_order_relaxed), job.size, &job.shared);
+    if (team.rank < team.size) job.body(team);
   }
+};
+
+void parallel(int threads, const std::function<void(Team&)>& body) {
+  if (threads > 1) {
+    if (const OpenMpParallel run = openmp_parallel()) {
+      OpenMpJob job{body, threads, {}, {}};
+      run(OpenMpJob::member, &job, unsigned(threads), 0);
+      return;
+    }
+    Process* p = process();
+    std::unique_lock<std::mutex> lock(p->busy, std::defer_lock);
+    if (lock.try_lock()) return p->pool->run(threads, body);
+  }
+  Team::Shared shared;
+  Team team(0, 1, &shared);
+  body(team);
 }
 
 }  // namespace hvpfast

@@ -1,4 +1,5 @@
-// One thread pool for the process. A parallel region runs the same function on the members of a
+// One set of threads for the process: those of the OpenMP runtime that is loaded already, or a
+// pool of our own. A parallel region runs the same function on the members of a
 // team; inside it, for_each hands out tasks. A phase ends when its tasks are done, not when every
 // member has come by: a member that the system does not run (other libraries' threads may spin on
 // its core) delays nobody. No result depends on who runs which task.
