@@ -94,6 +94,43 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def judge_memory(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Peak memory of ours against reverse-mode differentiation, cell by cell.
+
+    Args:
+        rows: of a record.
+
+    Returns:
+        One dict per cell where both were measured: ``case, num_tangents, operation, form, ours,
+        rival_form, rival, met``; bytes of the fastest timed form of ``ours-cpu`` and of the
+        torch-eager form that needs least.
+    """
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["memory"] and "first" in row["memory"]:
+            cells.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
+    found = []
+    for (case, K, operation), cell in cells.items():
+        ours = _fastest(row for row in cell if row["provider"] == FUNCTIONAL)
+        eager = [row for row in cell if row["provider"] == "torch-eager"]
+        if ours is None or not eager:
+            continue
+        rival = min(eager, key=lambda row: int(row["memory"]["first"]))
+        found.append(
+            {
+                "case": case,
+                "num_tangents": K,
+                "operation": operation,
+                "form": ours["form"],
+                "ours": ours["memory"]["first"],
+                "rival_form": rival["form"],
+                "rival": rival["memory"]["first"],
+                "met": ours["memory"]["first"] <= rival["memory"]["first"],
+            }
+        )
+    return found
+
+
 def _reached(mark: Mark, provider: str, ours: Row | None, cell: list[Row]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "case": mark.case,

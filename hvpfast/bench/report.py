@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvpfast.bench.marks import judge
+from hvpfast.bench.marks import judge, judge_memory
 
 Row = Mapping[str, Any]
 Cell = tuple[str, int, str]
@@ -111,6 +111,27 @@ def marks_table(rows: Iterable[Row]) -> str:
     return table(lines)
 
 
+def memory_table(rows: Iterable[Row]) -> str:
+    """Peak memory of ours against torch's reverse mode, where it was measured; else empty."""
+    lines = [
+        ("case", "operation", "K", "ours", "torch-eager", "met", "form", "form of torch-eager")
+    ]
+    for cell in judge_memory(rows):
+        lines.append(
+            (
+                cell["case"],
+                cell["operation"],
+                str(cell["num_tangents"]),
+                f"{cell['ours'] / 2**20:.3g} MiB",
+                f"{cell['rival'] / 2**20:.3g} MiB",
+                "yes" if cell["met"] else "NO",
+                cell["form"],
+                cell["rival_form"],
+            )
+        )
+    return table(lines) if len(lines) > 1 else ""
+
+
 def render(result: Mapping[str, Any]) -> str:
     """The whole record as text.
 
@@ -153,6 +174,8 @@ def render(result: Mapping[str, Any]) -> str:
             if r["status"] in ("wrong", "failed")
         ]
     parts.append("\nMarks (ratios of medians of this run)\n" + marks_table(rows))
+    if memories := memory_table(rows):
+        parts.append("\nPeak memory above the inputs\n" + memories)
     parts += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
     if result["interrupted"]:
         parts.append("INTERRUPTED: the cells that were not finished are missing")
@@ -195,6 +218,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.barh(places, medians, xerr=spread, color=colours, height=0.7, error_kw={"lw": 1})
         axis.set_yticks(list(places), [f"{r['provider']}\n{r['form']}" for r in rows], fontsize=6)
         axis.set_xscale("log")
+        axis.tick_params(axis="x", which="minor", labelbottom=False)  # they would overlap
         axis.set_xlim(min(medians) / 2, max(medians) * 6)
         for place, r in zip(places, rows, strict=True):
             share = "" if r["peak_fraction"] is None else f", {r['peak_fraction']:.0%} of peak"

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,15 +246,31 @@ def _cell(
             disturbance=share,
         )  # fmt: skip
     ready.clear()
-    for key, row in rows.items():
+    for row in rows.values():
         _rate(row, case, settings, result["peak"])
-        if settings.memory and row["status"] in ("timed", "screened"):
-            progress.say(f"memory of {key}")
+    if settings.memory:
+        for row in _remembered(rows.values()):
+            progress.say(f"memory of {row['provider']}: {row['form']}")
             row["memory"] = memory.measure(
                 case.name, num_tangents, settings.dtype, operation, row["provider"], row["form"],
                 settings.threads,
             )  # fmt: skip
     return list(rows.values())
+
+
+def _remembered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose memory is measured: all of ours and of torch-eager, else a provider's fastest."""
+    timed = sorted(
+        (row for row in rows if row["status"] == "timed"), key=lambda row: float(row["median_s"])
+    )
+    first = {row["provider"]: row["form"] for row in reversed(timed)}
+    return [
+        row
+        for row in timed
+        if row["kind"] == "ours"
+        or row["provider"] == "torch-eager"
+        or first[row["provider"]] == row["form"]
+    ]
 
 
 def _identity(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hvpfast.bench.providers.base import KINDS, Prepared, Provider
 from hvpfast.bench.providers.jax_jit import JaxJit
 from hvpfast.bench.providers.ours import Autograd, Functional
+from hvpfast.bench.providers.torch_compile import TorchCompile
 from hvpfast.bench.providers.torch_eager import TorchEager
-from hvpfast.bench.providers.torch_func import TorchCompile, TorchFunc
+from hvpfast.bench.providers.torch_func import TorchFunc
 from hvpfast.bench.providers.torch_plain import TorchPlain
 
 _ALL: tuple[Provider, ...] = (

@@ -1,10 +1,8 @@
-"""torch.func, eager, and the same functions compiled whole by torch.compile."""
+"""torch.func transforms, run eagerly."""
 
 from __future__ import annotations
 
 import functools
-import os
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +17,7 @@ from hvpfast.bench.providers.base import Prepared
 T = torch.func
 
 
-def _run(
+def evaluate(
     params: tuple[Tensor, ...],
     x: Tensor,
     y: Tensor,
@@ -53,11 +51,13 @@ def layout(problem: Problem, form: str, operation: str) -> Any:
     return tuple(common.tensors(problem.split(row)) for row in tangents)
 
 
-def _arguments(problem: Problem, form: str, operation: str) -> tuple[Any, ...]:
+def arguments_of(problem: Problem, form: str, operation: str) -> tuple[Any, ...]:
+    """params, x, y and the tangents in the form's layout."""
     return (*common.inputs(problem), layout(problem, form, operation))
 
 
-def _options(problem: Problem, form: str, operation: str) -> dict[str, Any]:
+def options_of(problem: Problem, form: str, operation: str) -> dict[str, Any]:
+    """What :func:`evaluate` takes besides tensors."""
     return {
         "operation": operation,
         "form": form,
@@ -79,10 +79,10 @@ class TorchFunc:
         return transforms.forms(operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
-        arguments = _arguments(problem, form, operation)
+        arguments = arguments_of(problem, form, operation)
         if operation == "hvp_warm":
             return Prepared(_warm(form, problem, arguments), common.named_outputs(operation))
-        run = functools.partial(_run, *arguments, **_options(problem, form, operation))
+        run = functools.partial(evaluate, *arguments, **options_of(problem, form, operation))
         return Prepared(run, common.named_outputs(operation))
 
 
@@ -101,44 +101,3 @@ def _warm(form: str, problem: Problem, arguments: tuple[Any, ...]) -> Callable[[
             return pull(v)[0]
 
     return (lambda: T.vmap(apply)(V)) if mapping == "vmap" else (lambda: [apply(v) for v in V])
-
-
-class TorchCompile:
-    """torch.compile of the whole function, derivatives included."""
-
-    name = "torch-compile"
-    kind = "compiled"
-
-    def unavailable(self) -> str | None:
-        if os.name == "nt":
-            return "torch.compile for CPU tensors needs a C++ compiler set up by hand on Windows"
-        return None
-
-    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        # Nothing kept between calls of a compiled function: no warm form.
-        return () if operation == "hvp_warm" else transforms.forms(operation, num_tangents)
-
-    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
-        arguments = _arguments(problem, form, operation)
-        options = _options(problem, form, operation)
-
-        def whole(params: Any, x: Tensor, y: Tensor, V: Any) -> Any:
-            return _run(params, x, y, V, **options)
-
-        compiled: Any = torch.compile(own_code(whole), fullgraph=True, dynamic=False)
-        return Prepared(lambda: compiled(*arguments), common.named_outputs(operation))
-
-
-def own_code(function: Any) -> Any:
-    """The function with a code object of its own.
-
-    Compiled versions belong to the code object: torch searches them on every call and limits their
-        number.
-    """
-    return types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        None,
-        function.__closure__,
-    )

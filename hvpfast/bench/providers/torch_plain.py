@@ -11,8 +11,8 @@ from torch import nn
 from hvpfast.bench.cases import ADAM, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.torch_compile import own_code
 from hvpfast.bench.providers.torch_eager import step_outputs
-from hvpfast.bench.providers.torch_func import own_code
 from hvpfast.mlp import MLP
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {

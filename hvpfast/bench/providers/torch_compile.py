@@ -1,0 +1,95 @@
+"""torch.compile of the whole function, derivatives included."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvpfast.bench.cases import Problem
+from hvpfast.bench.providers import torch_common as common
+from hvpfast.bench.providers import transforms
+from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.torch_func import arguments_of, evaluate, options_of
+
+# Nested forward mode: what torch 2.13 generates for it writes out of bounds and ends the process.
+RISKY = "jvp(jvp"
+TRIAL_SECONDS = 600
+
+
+class TorchCompile:
+    """``torch.compile(fullgraph=True)``; the first call compiles."""
+
+    name = "torch-compile"
+    kind = "compiled"
+
+    def unavailable(self) -> str | None:
+        if os.name == "nt":
+            return "torch.compile for CPU tensors needs a C++ compiler set up by hand on Windows"
+        return None
+
+    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        # Nothing kept between calls of a compiled function: no warm form.
+        return () if operation == "hvp_warm" else transforms.forms(operation, num_tangents)
+
+    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
+        if RISKY in form:
+            _try(form, operation, problem)
+        return compiled(form, operation, problem)
+
+
+def compiled(form: str, operation: str, problem: Problem) -> Prepared:
+    """The form compiled as a function of all its inputs."""
+    arguments = arguments_of(problem, form, operation)
+    options = options_of(problem, form, operation)
+
+    def whole(params: Any, x: Tensor, y: Tensor, V: Any) -> Any:
+        return evaluate(params, x, y, V, **options)
+
+    function: Any = torch.compile(own_code(whole), fullgraph=True, dynamic=False)
+    return Prepared(lambda: function(*arguments), common.named_outputs(operation))
+
+
+def own_code(function: Any) -> Any:
+    """The function with a code object of its own.
+
+    Compiled versions belong to the code object: torch searches them on every call and limits their
+    number.
+    """
+    return types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        None,
+        function.__closure__,
+    )
+
+
+def _try(form: str, operation: str, problem: Problem) -> None:
+    """Run the form once in a process of its own; raise if that process does not survive it."""
+    words = [problem.case.name, str(problem.num_tangents), problem.dtype, operation, form]
+    done = subprocess.run(
+        [sys.executable, "-m", "hvpfast.bench.providers.torch_compile", *words],
+        capture_output=True,
+        timeout=TRIAL_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"a trial process ended with status {done.returncode}")
+
+
+def _trial(words: list[str]) -> None:
+    from hvpfast.bench.cases import CASES, QUICK_CASES, build
+
+    case, num_tangents, dtype, operation, form = words
+    problem = build({**CASES, **QUICK_CASES}[case], int(num_tangents), dtype)
+    compiled(form, operation, problem).call()
+
+
+if __name__ == "__main__":
+    _trial(sys.argv[1:])
