@@ -53,6 +53,18 @@ const Isa& isa_named(const std::string& name) {
 
 Curvature curvature_of(bool ggn) { return ggn ? Curvature::kGgn : Curvature::kHessian; }
 
+Exact exact_named(const std::string& name) {
+  return named<Exact>("kind", name, {{"trace", Exact::kTrace}, {"fro2", Exact::kFro2}});
+}
+
+// One flag per layer: of W_l and of b_l, l = 1..L.
+Chosen chosen_of(const std::vector<bool>& weights, const std::vector<bool>& biases) {
+  Chosen chosen{{0}, {0}};
+  chosen.weight.insert(chosen.weight.end(), weights.begin(), weights.end());
+  chosen.bias.insert(chosen.bias.end(), biases.begin(), biases.end());
+  return chosen;
+}
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -132,6 +144,7 @@ struct Plan {
 template <class T>
 void bind_linearization(py::module_& m, const char* name, const char* penalty_name) {
   using Lin = Linearization<T>;
+  using Flags = std::vector<bool>;
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Lin>(m, name)
       .def_property_readonly("loss", &Lin::loss)
@@ -178,7 +191,43 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
             py::gil_scoped_release release;
             return lin.penalty(nullptr, &probes, K, curvature_of(ggn), threads);
           },
-          py::keep_alive<0, 1>());
+          py::keep_alive<0, 1>())
+      .def("sample_traces",
+           [](const Lin& lin, bool ggn, const Flags& weights, const Flags& biases, uintptr_t out,
+              int threads) {
+             const Chosen chosen = chosen_of(weights, biases);
+             py::gil_scoped_release release;
+             lin.sample_traces(curvature_of(ggn), chosen, pointer<T>(out), threads);
+           })
+      .def(
+          "diagonal",
+          [](const Lin& lin, bool ggn, uintptr_t out, int threads) {
+            lin.diagonal(curvature_of(ggn), pointer<T>(out), threads);
+          },
+          Release())
+      .def("inner_product",
+           [](const Lin& lin, const Lin& other, bool ggn, const Flags& weights, const Flags& biases,
+              int threads) {
+             const Chosen chosen = chosen_of(weights, biases);
+             py::gil_scoped_release release;
+             return lin.inner_product(other, curvature_of(ggn), chosen, threads);
+           })
+      .def(
+          "exact_penalty",
+          [](const Lin& lin, const std::string& kind, bool ggn, const Flags& weights,
+             const Flags& biases, int threads) {
+            const Exact exact = exact_named(kind);
+            const Chosen chosen = chosen_of(weights, biases);
+            py::gil_scoped_release release;
+            return lin.exact_penalty(exact, curvature_of(ggn), chosen, threads);
+          },
+          py::keep_alive<0, 1>())
+      .def("exact_bytes",
+           [](const Lin& lin, const std::string& kind, bool ggn, const Flags& weights,
+              const Flags& biases, bool gradient, int threads) {
+             return lin.exact_bytes(exact_named(kind), curvature_of(ggn),
+                                    chosen_of(weights, biases), gradient, threads);
+           });
   py::class_<Penalty<T>>(m, penalty_name)
       .def_property_readonly("value", &Penalty<T>::value)
       .def(

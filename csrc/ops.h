@@ -11,6 +11,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "mlp.h"
 
@@ -28,8 +29,17 @@ struct Probes {
 // loss / dz2) J.
 enum class Curvature { kHessian, kGgn };
 
-// mean_k ||H v_k||^2 at one point, with what its gradient needs. Belongs to its Linearization,
-// which must outlive it.
+// The tensors whose block of a curvature matrix is taken: flags of W_l and b_l, l = 1..L (entry 0
+// is not used).
+struct Chosen {
+  std::vector<uint8_t> weight, bias;
+};
+
+// What is computed without probes, from every sample's Hessian core (cpu/cores.h): tr H, tr H^2.
+enum class Exact { kTrace, kFro2 };
+
+// A curvature penalty at one point, with what its gradient needs: mean_k ||H v_k||^2, or an exact
+// one. Belongs to its Linearization, which must outlive it.
 template <class T>
 class Penalty {
  public:
@@ -63,6 +73,20 @@ class Linearization {
   // cheaper (cpu/gram.h).
   virtual std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
                                               Curvature curvature, int threads) const = 0;
+
+  // out (N): the trace of each sample's part of H
+  virtual void sample_traces(Curvature curvature, const Chosen& chosen, T* out,
+                             int threads) const = 0;
+  // out (P) = diag H
+  virtual void diagonal(Curvature curvature, T* out, int threads) const = 0;
+  // tr H G for H here and G of the same network at `other`, which may be this one
+  virtual double inner_product(const Linearization& other, Curvature curvature,
+                               const Chosen& chosen, int threads) const = 0;
+  virtual std::unique_ptr<Penalty<T>> exact_penalty(Exact kind, Curvature curvature,
+                                                    const Chosen& chosen, int threads) const = 0;
+  // Scratch memory that the three above take, or with `gradient` that of exact_penalty.
+  virtual size_t exact_bytes(Exact kind, Curvature curvature, const Chosen& chosen, bool gradient,
+                             int threads) const = 0;
 };
 
 // What linearize is given. y: int64 (N) class labels for cross-entropy, T (N, D[L]) rows for

@@ -24,6 +24,21 @@ class Linearization:
     def penalty_of_probes(
         self, distribution: str, seed: int, first: int, K: int, ggn: bool, threads: int, /
     ) -> Penalty: ...
+    def sample_traces(
+        self, ggn: bool, weights: Sequence[bool], biases: Sequence[bool], out: int, threads: int, /
+    ) -> None: ...
+    def diagonal(self, ggn: bool, out: int, threads: int, /) -> None: ...
+    def inner_product(
+        self, other: Linearization, ggn: bool, weights: Sequence[bool], biases: Sequence[bool],
+        threads: int, /,
+    ) -> float: ...  # fmt: skip
+    def exact_penalty(
+        self, kind: str, ggn: bool, weights: Sequence[bool], biases: Sequence[bool], threads: int, /
+    ) -> Penalty: ...
+    def exact_bytes(
+        self, kind: str, ggn: bool, weights: Sequence[bool], biases: Sequence[bool],
+        gradient: bool, threads: int, /,
+    ) -> int: ...  # fmt: skip
 
 class Plan:
     def __init__(

@@ -31,6 +31,7 @@ class Batches:
         device: where the tensors are wanted; others are copied.
         dtype: floating-point type that floating-point tensors are converted to; None leaves them.
         budget: bytes that copies may take.
+        may_be_empty: whether there may be no batch, or only batches without samples.
 
     Attributes:
         num_samples: samples in all batches.
@@ -48,8 +49,13 @@ class Batches:
         device: torch.device,
         dtype: torch.dtype | None = None,
         budget: float = float("inf"),
+        may_be_empty: bool = False,
     ) -> None:
         self._source, self._in_memory = _source_of(data)
+        if may_be_empty and self._in_memory:
+            batches = [_as_batch(item, index) for index, item in enumerate(self._source)]
+            if not any(map(batch_size, batches)):
+                self._source = []
         self._device, self._dtype = device, dtype
         self._random = None if self._in_memory else RandomState(generators_of(data))
         self._batches: list[Batch] = []
@@ -67,7 +73,7 @@ class Batches:
                 self._checksums.append(_checksum(given))
             if self.held:
                 self._hold(batch, given, budget)
-        if self._count == 0:
+        if self._count == 0 and not may_be_empty:
             raise ValueError("data is empty: no batch came; give at least one batch (x, y)")
 
     def _hold(self, batch: Batch, given: Batch, budget: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvpfast.distributed import together
 from hvpfast.linear import LinearOperator
 from hvpfast.points import Points
 from hvpfast.probes import probes
@@ -44,7 +45,9 @@ def check_batch_twice(
     if key in _passed:
         return "checked before, for this kind of model, mode and data"
     with points.running():
-        batch = next(batch for batch in points.batches if points.weight(batch) > 0)
+        batch = next((batch for batch in points.batches if points.weight(batch) > 0), None)
+        if batch is None:
+            return "not checked, this process has no data"
         states = [points.problem.linearize(batch) for _ in range(2)]
         values = [(state.loss, state.gradient()) for state in states]
     _compare("two evaluations of one batch", *values)
@@ -63,11 +66,13 @@ def check_everything_twice(operator: LinearOperator, points: Points) -> str:
     Raises:
         RuntimeError: they differ.
     """
-    if not points.batches.repeats():
-        raise RuntimeError(
-            "the data are not deterministic: two readings gave different batches. Pass list(data), "
-            "or a loader that repeats itself; check_deterministic=False takes the first reading"
-        )
+    with together(points.group, "second reading of the data"):
+        if not points.batches.repeats():
+            raise RuntimeError(
+                "the data are not deterministic: two readings gave different batches. Pass "
+                "list(data), or a loader that repeats itself; check_deterministic=False takes the "
+                "first reading"
+            )
     v = probes(operator.shape[0], seed=0, dtype=operator.dtype, device=operator.device)
     values = []
     for evaluation in range(2):

@@ -1,11 +1,13 @@
-"""Differentiable curvature penalties on a module: the loss and (1/K) sum_k ||H v_k||^2.
+"""Differentiable curvature penalties on a module: the loss and ||H||_F^2 or tr H, or estimates.
 
     E ||H v||^2 = ||H||_F^2                 for v with independent entries of mean 0 and variance 1
+    E v' H v    = tr H
     d ||H v||^2 / dparams = 2 T[v, H v]     T: the third derivative of the loss
+    d v' H v / dparams    = T[v, v]
 
 H is the Hessian of the loss in the parameters that require gradients, or the generalised
-Gauss-Newton matrix. The backward pass runs one collapsed third-order pass that knows the weights of
-both results, so that the gradients of loss and penalty share their last products.
+Gauss-Newton matrix. The backward pass knows the weights of both results, so that the gradients of
+loss and penalty share their last products. Exact values come from per-sample Hessian cores.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from hvpfast.checks import check_curvature, check_deterministic_modules, warn_sl
 from hvpfast.functional import _versions
 from hvpfast.library import ops
 from hvpfast.mlp import NotAnMLPError, spec_of
+from hvpfast.penalties import check_kind, chosen_tensors, exact_value, penalty_of
 from hvpfast.plan import plan_of
 from hvpfast.spec import check_choice, split_flat
 
@@ -48,11 +51,12 @@ def hessian_penalty(
     tangents: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Loss and curvature penalty (1/K) sum_k ||H v_k||^2, both differentiable in the parameters.
+    """Loss and curvature penalty, both differentiable in the parameters.
 
-    ``(loss + lam * penalty).backward()`` is a step of training with the penalty; its mean over
-    random probes is the gradient of ``loss + lam * ||H||_F^2``. Both results can be differentiated
-    once; a second derivative raises.
+    ``(loss + lam * penalty).backward()`` is a step of training with the penalty. With K probes the
+    penalty is ``(1/K) sum_k ||H v_k||^2`` or ``(1/K) sum_k v_k' H v_k``; the means over random
+    probes are the exact penalties ||H||_F^2 and tr H. Both results can be differentiated once; a
+    second derivative raises.
 
     H is taken over the parameters that require gradients; the others are constants. With all of
     them an MLP (:class:`MLP` or a ``nn.Sequential`` that :func:`spec_of` recognises) runs one fused
@@ -68,10 +72,11 @@ def hessian_penalty(
         model: the network; parameters and buffers are not changed.
         loss_fn: called as ``loss_fn(model(x), y)``, gives a 0-dim loss.
         data: ``(x, y)``, one batch.
-        kind: ``"fro2"``, the squared Frobenius norm.
+        kind: ``"fro2"``, the squared Frobenius norm, or ``"trace"``.
         curvature: ``"hessian"`` or ``"ggn"``.
-        estimator: ``"hutchinson"``; ``"exact"`` is not available yet.
-        num_probes: number of probes K >= 1.
+        estimator: ``"hutchinson"``, by probes; ``"exact"``, without, for perceptrons: the work of
+            ``fro2`` grows with the square of the number of samples.
+        num_probes: number of probes K >= 1; like the next three not used by ``"exact"``.
         distribution: ``"rademacher"`` or ``"normal"``. A backend may draw normal probes in another
             basis: same distribution, other numbers than :func:`probes`.
         seed: in [0, 2**64), or an int64 0-dim tensor; None takes fresh entropy.
@@ -88,17 +93,23 @@ def hessian_penalty(
         TypeError: a mix of dtypes or devices.
         RuntimeError: the named backend cannot run the model; in backward: parameters or batch were
             changed in place since, or a derivative is asked for that does not exist.
-        NotImplementedError: ``estimator="exact"``, or a model that is not an MLP inside
-            ``torch.compile`` or ``torch.func``.
+        NotImplementedError: inside ``torch.compile`` or ``torch.func``, ``estimator="exact"`` or a
+            model that is not an MLP; anywhere, both together.
+        MemoryError: ``estimator="exact"`` where the scratch memory of a few samples is not there.
     """
-    if kind != "fro2" or estimator != "hutchinson":
-        raise _unavailable(kind, estimator)
+    check_kind(kind, estimator, tangents)
+    exact = estimator == "exact"
     ggn = check_curvature(curvature)
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise TypeError(f"data must be one batch (x, y); got {type(data).__name__}")
     x, y = data
     draw = (tangents, seed, num_probes, distribution)
     if _compiling() or _transforming() or _dispatch_modes():
+        if exact:
+            raise NotImplementedError(
+                "inside torch.compile and torch.func transforms hessian_penalty has no "
+                "estimator='exact'. Call it outside, or under torch.compiler.disable"
+            )
         seen: list[object] = [module.training for module in model.modules()]
         seen += [getattr(loss_fn, name, None) for name in _LOSS_OPTIONS]
         key, reason = _recognised(model, loss_fn, *seen)
@@ -107,20 +118,30 @@ def hessian_penalty(
                 "inside torch.compile and torch.func transforms hessian_penalty takes multilayer "
                 f"perceptrons, but {reason}. Call it outside, or under torch.compiler.disable"
             )
-        return _by_operators(key, list(model.parameters()), x, y, draw, ggn, backend)
+        return _by_operators(key, list(model.parameters()), x, y, draw, kind, ggn, backend)
     try:
         plan = plan_of(model, loss_fn)
     except NotAnMLPError as error:
-        return _by_reference(model, loss_fn, x, y, draw, ggn, backend, str(error))
+        if exact:
+            raise NotImplementedError(
+                f"estimator='exact' takes multilayer perceptrons, but {error}. Use 'hutchinson'"
+            ) from None
+        return _by_reference(model, loss_fn, x, y, draw, kind, ggn, backend, str(error))
     params = plan.parameters()
-    if _some(params) or (tangents is not None and tangents.requires_grad):
-        return _by_operators(plan.spec.key, params, x, y, draw, ggn, backend)
+    if not exact and (_some(params) or (tangents is not None and tangents.requires_grad)):
+        return _by_operators(plan.spec.key, params, x, y, draw, kind, ggn, backend)
     lin = functional.linearize(
         plan.spec, params if plan.layout else params[0], x, y, backend=backend
     )
-    state = functional.penalty_state(
-        lin, tangents, num_probes, distribution, _seed_value(seed), ggn
-    )
+    if exact:
+        chosen = chosen_tensors(lin, params)
+        if not torch.is_grad_enabled():
+            return lin.loss, exact_value(lin, kind, ggn, chosen)
+        state = lin.state.exact_penalty(kind, ggn, chosen)
+    else:
+        state = functional.penalty_state(
+            lin, tangents, num_probes, distribution, _seed_value(seed), ggn, kind
+        )
     return _recorded(state, plan.layout, (x, y), params)
 
 
@@ -213,7 +234,14 @@ class _Once(torch.autograd.Function):
 
 
 def _by_operators(
-    key: str, params: list[Tensor], x: Tensor, y: Tensor, draw: _Draw, ggn: bool, backend: str
+    key: str,
+    params: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+    draw: _Draw,
+    kind: str,
+    ggn: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The penalty made of operators: in compiled code, and over some of the parameters."""
     tangents, seed, num_probes, distribution = draw
@@ -228,18 +256,18 @@ def _by_operators(
         seed_tensor = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
     else:
         raise ValueError(f"seed must be in [0, 2**64); got {seed}")
-    if not _some(params):
+    if kind == "fro2" and not _some(params):
         loss, penalty = ops.penalty(
             params, x, y, rows, seed_tensor, key, num_probes, distribution, ggn, backend
         )
         return loss, penalty
-    # over some parameters: H v with v zero elsewhere, restricted to them
+    # over some parameters: v zero elsewhere, H v restricted to them
     like, ends = params[0], list(accumulate(p.numel() for p in params))
     index = torch.cat(
         [
             torch.arange(end - p.numel(), end, device=like.device)
             for p, end in zip(params, ends, strict=True)
-            if p.requires_grad
+            if p.requires_grad or not _some(params)
         ]
     )
     if rows is None:
@@ -252,6 +280,9 @@ def _by_operators(
             f"parameters that require gradients; got {tuple(rows.T.shape)}"
         )
     full = rows.new_zeros((*rows.shape[:-1], ends[-1])).index_copy(-1, index, rows)
+    if kind == "trace":
+        forms = ops.quadratic(params, x, y, full, key, ggn, backend)
+        return ops.loss(params, x, y, key, backend), forms.mean()
     product = ops.ggnvp if ggn else ops.hvp
     products = product(params, x, y, full, key, backend).index_select(-1, index)
     return ops.loss(params, x, y, key, backend), products.square().sum(-1).mean()
@@ -291,6 +322,7 @@ def _by_reference(
     x: Any,
     y: Any,
     draw: _Draw,
+    kind: str,
     ggn: bool,
     backend: str,
     reason: str,
@@ -319,18 +351,9 @@ def _by_reference(
         params[0], sum(numels), tangents, num_probes, distribution, _seed_value(seed)
     )
     fixed = [t for t in tree_leaves((x, y, tangents)) if isinstance(t, Tensor)]
-    return _recorded(lin.penalty(probes, ggn), ([p.shape for p in params], numels), fixed, params)
+    state = penalty_of(lin, kind, probes, ggn, params[0], sum(numels))
+    return _recorded(state, ([p.shape for p in params], numels), fixed, params)
 
 
 def _seed_value(seed: int | Tensor | None) -> int | None:
     return int(seed) % 2**64 if isinstance(seed, Tensor) else seed
-
-
-def _unavailable(kind: str, estimator: str) -> Exception:
-    if estimator == "exact" and kind == "fro2":
-        return NotImplementedError(
-            "estimator='exact' is not available yet; use estimator='hutchinson' with more probes"
-        )
-    return ValueError(
-        f"kind must be 'fro2' and estimator 'hutchinson' or 'exact'; got {kind!r} and {estimator!r}"
-    )

@@ -5,7 +5,7 @@
     ggnvp(lin, V) = G V                     G = J' (d2 L / d outputs2) J
     quadratic_form(lin, V) = v_k' H v_k     half the work of H V
     hvp_vjp(lin, V, U) = d sum_k u_k' H v_k / d params
-    penalty(lin, V) = mean_k ||H v_k||^2    with the loss and one gradient of both
+    penalty(lin, V) = mean_k ||H v_k||^2    with the loss and one gradient of both; also tr H^2
 
 V, U are one direction (P,) or K directions as columns (P, K). These functions are not recorded by
 autograd and return detached results; the differentiable forms are ``hessian_penalty`` and the
@@ -31,6 +31,7 @@ from hvpfast.checks import (
     nonfinite_reason,
     tangent_rows,
 )
+from hvpfast.penalties import check_kind, penalty_of
 from hvpfast.probes import ProbeSource, fresh_seed
 from hvpfast.spec import MLPSpec
 
@@ -291,10 +292,14 @@ def penalty(
     seed: int | None = None,
     weights: tuple[float, float] = (1.0, 1.0),
     curvature: str = "hessian",
+    kind: str = "fro2",
+    estimator: str = "hutchinson",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Curvature penalty (1/K) sum_k ||H v_k||^2 with the loss and one gradient of both.
+    """Curvature penalty with the loss and one gradient of both.
 
-    For random probes its mean is the squared Frobenius norm of H.
+    The penalty of kind "fro2" is (1/K) sum_k ||H v_k||^2, whose mean over random probes is the
+    squared Frobenius norm of H; that of kind "trace" is (1/K) sum_k v_k' H v_k, of mean tr H.
+    The estimator "exact" takes these means themselves, without probes.
 
     Args:
         lin: from :func:`linearize` with ``order=3``.
@@ -305,6 +310,9 @@ def penalty(
         seed: of the drawn probes, in [0, 2**64); None takes fresh entropy.
         weights: (w_loss, w_penalty) of the gradient.
         curvature: ``"hessian"`` or ``"ggn"``.
+        kind: ``"fro2"`` or ``"trace"``.
+        estimator: ``"hutchinson"`` or ``"exact"``; the work of the exact ``fro2`` grows with the
+            square of the number of samples.
 
     Returns:
         (loss, penalty, gradient of w_loss * loss + w_penalty * penalty): 0-dim, 0-dim, (P,).
@@ -312,9 +320,16 @@ def penalty(
     Raises:
         ValueError, TypeError: an argument is not as described.
         RuntimeError: ``order=2``, or the point was changed in place after linearize.
+        MemoryError: ``estimator="exact"`` where the scratch memory of a few samples is not there.
     """
+    check_kind(kind, estimator, tangents)
     ggn = check_curvature(curvature)
-    result = penalty_state(lin, tangents, num_probes, distribution, seed, ggn)
+    if estimator == "exact":
+        _check_third_order(lin, "penalty")
+        lin.check_current()
+        result = lin.state.exact_penalty(kind, ggn, [True] * len(lin.spec.shapes))
+    else:
+        result = penalty_state(lin, tangents, num_probes, distribution, seed, ggn, kind)
     return result.loss, result.penalty, result.gradient(float(weights[0]), float(weights[1]))
 
 
@@ -325,12 +340,13 @@ def penalty_state(
     distribution: str,
     seed: int | None,
     ggn: bool,
+    kind: str = "fro2",
 ) -> backends.PenaltyState:
     """The values of :func:`penalty`, with the gradient for weights that come later."""
     _check_third_order(lin, "penalty")
     probes = penalty_probes(lin._like, lin.num_params, tangents, num_probes, distribution, seed)
     lin.check_current()
-    return lin.state.penalty(probes, ggn)
+    return penalty_of(lin.state, kind, probes, ggn, lin._like, lin.num_params)
 
 
 def penalty_probes(

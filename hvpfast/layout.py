@@ -100,6 +100,10 @@ class Subset:
             self._runs.append((start, stop))
         self.whole = self._runs == [(0, self._full)]
 
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether the entries from ``start`` to ``stop`` of (F,) are all among them."""
+        return any(a <= start and stop <= b for a, b in self._runs)
+
     def embed(self, rows: Tensor) -> Tensor:
         """Rows (K, F) with zeros elsewhere, from rows (K, P)."""
         if self.whole:

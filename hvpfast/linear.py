@@ -66,6 +66,10 @@ class LinearOperator(ABC):
     def explain(self) -> str:
         """What runs and why, for people."""
 
+    def _agreed(self, number: int) -> int:
+        """The number that all processes with a part of A go on with: the least of theirs."""
+        return number
+
     @abstractmethod
     def _apply(self, rows: Tensor) -> Tensor:
         """New rows A t_k (K, P) for contiguous rows t_k (K, P)."""
@@ -257,6 +261,11 @@ class _Combined(LinearOperator):
         same = all(other._layout == first._layout for other in operands[1:])
         super().__init__(first.shape[0], first.dtype, first.device, first._layout if same else None)
         self._operands = operands
+
+    def _agreed(self, number: int) -> int:
+        for operand in self._operands:
+            number = operand._agreed(number)
+        return number
 
     @abstractmethod
     def _formula(self) -> str:

@@ -10,15 +10,18 @@ import torch
 
 __all__ = [
     "KEPT_SHARE",
+    "LARGE_BYTES",
     "WORK_SHARE",
     "available_bytes",
     "budget_of",
     "bytes_text",
+    "check_scratch",
     "out_of_memory",
 ]
 
 KEPT_SHARE = 0.5  # of the available memory: what operators keep between products by default
 WORK_SHARE = 0.25  # of the available memory: what one chunk of tangents may take by default
+LARGE_BYTES = 2**30  # from which free memory is looked at before scratch is taken
 _UNKNOWN = 2 * 2**30  # assumed where the system does not tell
 
 
@@ -91,6 +94,16 @@ def bytes_text(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def check_scratch(size: int, what: str, device: torch.device) -> None:
+    """Raise MemoryError where ``size`` bytes of scratch memory for ``what`` are not available."""
+    if size > LARGE_BYTES and size > (free := available_bytes(device, max_age=1.0)):
+        raise MemoryError(
+            f"{what} takes {bytes_text(size)} of scratch memory at once, however small the batch, "
+            f"and {bytes_text(free)} are available; estimate it instead, with "
+            "estimator='hutchinson' or a method with random probes"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

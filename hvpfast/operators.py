@@ -10,6 +10,7 @@ and serve every product after that; only what does not fit into memory is linear
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 from hvpfast.backends import State
 from hvpfast.checks import check_deterministic_modules
+from hvpfast.cores import Cores
 from hvpfast.data import Batches
 from hvpfast.determinism import check_batch_twice, check_everything_twice
+from hvpfast.distributed import Group, processes_here, settings_of, together
 from hvpfast.layout import Entry, Layout, Subset, layers_of, matching, select
 from hvpfast.linear import LinearOperator
 from hvpfast.memory import (
@@ -58,33 +61,33 @@ class _CurvatureOperator(LinearOperator):
         memory_budget: int | float | str = "auto",
         progressbar: bool = False,
         check_deterministic: bool | str = "auto",
+        process_group: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        if chunk_size != "auto" and (type(chunk_size) is not int or chunk_size < 1):
-            raise ValueError(f'chunk_size must be "auto" or an integer >= 1; got {chunk_size!r}')
-        if check_deterministic not in ("auto", True, False):
-            raise ValueError(
-                f'check_deterministic must be "auto", True or False; got {check_deterministic!r}'
-            )
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type or None; got {dtype}")
-        check_deterministic_modules(model)
-        entries = select(model, params)
-        weight = BatchWeight(loss_fn, reduction)
-        device = entries[0].owner.device
-        free = available_bytes(device, max_age=1.0)
-        budget = budget_of(memory_budget, free)
-        batches = Batches(data, device, dtype, budget)
-        first = next(iter(batches))
-        problem = problem_for(model, loss_fn, entries, weight, first, backend, dtype)
-        points = Points(problem, batches, weight, budget, free, progressbar)
+        group = None if process_group is None else Group(process_group)
+        with together(group, "construction of an operator"):
+            _check_options(model, chunk_size, check_deterministic, dtype)
+            check_deterministic_modules(model)
+            entries = select(model, params)
+            weight = BatchWeight(loss_fn, reduction)
+            device = entries[0].owner.device
+            free = available_bytes(device, max_age=1.0) // processes_here(group, device)
+            budget = budget_of(memory_budget, free)
+            batches = Batches(data, device, dtype, budget, may_be_empty=group is not None)
+            first = next(iter(batches), None)
+            problem = problem_for(model, loss_fn, entries, weight, first, backend, dtype)
+        if group is not None:
+            chosen = {f"parameter {i}": f"{e.name} {e.shape}" for i, e in enumerate(entries)}
+            kind = {"kind": type(self).__name__, "check_deterministic": check_deterministic}
+            form = {"dtype": problem.dtype, "reduction": weight.reduction}
+            group.same("settings", settings_of(model, loss_fn) | chosen | kind | form)
+        points = Points(problem, batches, weight, budget, free, progressbar, group)
         self._setup(model, points, entries, chunk_size)
         self._determinism = "not checked"
         if check_deterministic is True:
             self._determinism = check_everything_twice(self, points)
         elif check_deterministic == "auto":
-            self._determinism = check_batch_twice(points, model, loss_fn, data)
+            with together(group, "check that the loss is deterministic"):
+                self._determinism = check_batch_twice(points, model, loss_fn, data)
 
     def _setup(
         self, model: nn.Module, points: Points, entries: list[Entry], chunk_size: int | str
@@ -129,7 +132,6 @@ class _CurvatureOperator(LinearOperator):
 
     def gradient(self) -> Tensor:
         """The gradient dL/dp over all data, (P,)."""
-        self._points.check_current()
         return self._subset.restrict(self._points.gradient().unsqueeze(0))[0]
 
     def refresh(self) -> None:
@@ -194,14 +196,40 @@ class _CurvatureOperator(LinearOperator):
 
     # What it does.
 
+    def cores(self) -> Cores:
+        """Exact trace, diagonal, tr A^2 and traces of samples without probes, for perceptrons.
+
+        Raises:
+            NotImplementedError: the operator is not that of a perceptron, or its data are spread
+                over processes; the message is the reason.
+        """
+        return Cores(self._points, self._subset, self._ggn)
+
     def quadratic_form(self, tangents: Tensor) -> Tensor:
         """``v' A v`` without forming ``A v``: 0-dim for (P,), (K,) for columns (P, K)."""
-        rows = self._rows(tangents, 0)
-        out = rows.new_zeros(rows.shape[0])
-        self._add_up(rows, out, lambda state, part: state.quadratic(part, self._ggn))
+        rows, group = self._rows(tangents, 0), self._points.group
+        if group is None:
+            out = self._own_quadratic(rows)
+        else:
+            part = functools.partial(self._own_quadratic, rows)
+            out = group.product("quadratic form", part, rows.shape[:1], rows)
         return out[0] if tangents.dim() == 1 else out
 
+    def _own_quadratic(self, rows: Tensor) -> Tensor:
+        """``v_k' A v_k`` (K,) with this process's data."""
+        out = rows.new_zeros(rows.shape[0])
+        self._add_up(rows, out, lambda state, part: state.quadratic(part, self._ggn))
+        return out
+
     def _apply(self, rows: Tensor) -> Tensor:
+        group = self._points.group
+        if group is None:
+            return self._own_product(rows)
+        part = functools.partial(self._own_product, rows)
+        return group.product("product", part, rows.shape, rows)
+
+    def _own_product(self, rows: Tensor) -> Tensor:
+        """``A v_k`` (K, P) with this process's data."""
         points, subset, count = self._points, self._subset, rows.shape[0]
         size = count * self._size * rows.element_size()
         if size > _LARGE:
@@ -235,6 +263,10 @@ class _CurvatureOperator(LinearOperator):
             self._explain_memory(error, min(chunk, count))
             raise
 
+    def _agreed(self, number: int) -> int:
+        group = self._points.group
+        return number if group is None else group.least(number)
+
     def _explain_memory(self, error: Exception, count: int) -> None:
         """Raise MemoryError with sizes where a product with ``count`` tangents ran out of it."""
         if out_of_memory(error) and "ran out of memory" not in str(error):
@@ -260,6 +292,19 @@ class _CurvatureOperator(LinearOperator):
                 f"{bytes_text(size)}, and {bytes_text(free)} are available; give at most "
                 f"{max(1, free * count // (2 * size))} columns at a time"
             )
+
+
+def _check_options(model: Any, chunk_size: Any, check_deterministic: Any, dtype: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if chunk_size != "auto" and (type(chunk_size) is not int or chunk_size < 1):
+        raise ValueError(f'chunk_size must be "auto" or an integer >= 1; got {chunk_size!r}')
+    if check_deterministic not in ("auto", True, False):
+        raise ValueError(
+            f'check_deterministic must be "auto", True or False; got {check_deterministic!r}'
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type or None; got {dtype}")
 
 
 class HessianOperator(_CurvatureOperator):
@@ -295,6 +340,10 @@ class HessianOperator(_CurvatureOperator):
         progressbar: show progress over the batches.
         check_deterministic: ``"auto"`` compares two evaluations of one batch, once per kind of
             model, mode and data; True compares two of everything; False nothing.
+        process_group: of ``torch.distributed``, each of whose processes gives its own part of the
+            data (:func:`hvpfast.distributed.shard`), of any size; everything is then over the data
+            of all. All of them make the operator and call it alike, with the same parameters,
+            settings and tangents: one all-reduce per call. A failure in one raises in all.
 
     Raises:
         TypeError: an argument of the wrong kind, or data that can be read only once.
@@ -304,6 +353,7 @@ class HessianOperator(_CurvatureOperator):
             products: parameters, buffers or data were changed (see :meth:`refresh`; what is done
             in place through ``.data`` cannot be seen).
         MemoryError: in products that do not fit into memory; the message says what does.
+        DistributedError: another process failed, or differs in parameters, settings or tangents.
 
     References:
         Pearlmutter (1994), doi:10.1162/neco.1994.6.1.147.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvpfast.backends import State
 from hvpfast.data import Batches
+from hvpfast.distributed import Group, checksum
 from hvpfast.layout import Entry
 from hvpfast.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.problem import FunctionProblem, MLPProblem, Watch
@@ -32,6 +33,7 @@ class Points:
         budget: bytes that kept data and states may take; other states are made in every pass.
         free: bytes of memory that are available.
         progressbar: show one for every pass over the batches.
+        group: processes with shards of the data; L and its coefficients are those of all data.
 
     Attributes:
         loss: L, 0-dim.
@@ -51,8 +53,9 @@ class Points:
         budget: int,
         free: int,
         progressbar: bool,
+        group: Group | None = None,
     ) -> None:
-        self.problem, self.batches, self.weight = problem, batches, weight
+        self.problem, self.batches, self.weight, self.group = problem, batches, weight, group
         self.budget, self._free, self._progressbar = budget, free, progressbar
         self.on_backend = isinstance(problem, MLPProblem)
         # a model that draws random numbers draws them from here, not from the caller's generators
@@ -65,7 +68,36 @@ class Points:
         Raises:
             ValueError: no target counts, or what linearize says of a batch.
             MemoryError: a batch is too large.
+            DistributedError: another process of the group failed, or has other parameters.
         """
+        self._failed = True  # until the end of this
+        if self.group is None:
+            weights, losses = self._linearize_all()
+            total = sum(weights)
+        else:
+            weights, (total, total_loss) = self._linearize_shards(self.group)
+        total = total if self.weight.reduction == "mean" else 1.0
+        if total == 0:
+            raise ValueError(
+                "no target counts: in every batch all targets have ignore_index or a class weight "
+                "of zero, so the mean is 0/0; give batches with targets that count"
+            )
+        self._coefficients = [w / total for w in weights]
+        self.skipped = sum(w == 0 for w in weights)
+        self.kept = sum(state is not None for state in self._states)
+        self.total = total
+        alone = self.on_backend and self._coefficients == [1.0] and not self._progressbar
+        self.only = self._states[0] if alone else None
+        if self.group is None:
+            value = sum(c * loss for c, loss in zip(self._coefficients, losses, strict=True))
+        else:
+            value = total_loss / total
+        self.loss = torch.tensor(value, dtype=self.problem.dtype, device=self.problem.device)
+        self.free = max(0, self._free - self.kept_bytes - self.batches.nbytes)
+        self._failed = False
+
+    def _linearize_all(self) -> tuple[list[float], list[float]]:
+        """The weights n_b and losses L_b of this process's batches, whose states are kept."""
         self._states: list[State | None] = []
         self.kept_bytes = self.largest = 0
         self.problem.check_modes()
@@ -82,21 +114,27 @@ class Points:
                     state = self._linearize(index, batch)
                     losses[-1] = float(state.loss)
                     self._keep(state)
-        total = sum(weights) if self.weight.reduction == "mean" else 1.0
-        if total == 0:
-            raise ValueError(
-                "no target counts: in every batch all targets have ignore_index or a class weight "
-                "of zero, so the mean is 0/0; give batches with targets that count"
-            )
-        self._coefficients = [w / total for w in weights]
-        self.skipped = sum(w == 0 for w in weights)
-        self.kept = sum(state is not None for state in self._states)
-        self.total = total
-        alone = self.on_backend and self._coefficients == [1.0] and not self._progressbar
-        self.only = self._states[0] if alone else None
-        value = sum(c * loss for c, loss in zip(self._coefficients, losses, strict=True))
-        self.loss = torch.tensor(value, dtype=self.problem.dtype, device=self.problem.device)
-        self.free = max(0, self._free - self.kept_bytes - self.batches.nbytes)
+        return weights, losses
+
+    def _linearize_shards(self, group: Group) -> tuple[list[float], list[float]]:
+        """This process's weights n_b; sum n_b and sum n_b L_b over all processes."""
+        weights: list[float] = []
+
+        def part() -> Tensor:
+            own, losses = self._linearize_all()
+            weights.extend(own)
+            weighted = sum(w * loss for w, loss in zip(own, losses, strict=True))
+            return torch.tensor([sum(own), weighted], dtype=torch.float64)
+
+        watched = self.problem.watched()
+        sums, marks = group.total("linearization", part, (2,), mark=lambda: checksum(watched))
+        if len(set(marks)) > 1:
+            sums_by_tensor = {
+                f"the values of parameter or buffer {i}, of shape {tuple(t.shape)} (checksum)":
+                f"{checksum([t]):08x}" for i, t in enumerate(watched)
+            }  # fmt: skip
+            group.same("values: load one checkpoint everywhere, or broadcast them", sums_by_tensor)
+        return weights, sums.tolist()
 
     def _keep(self, state: State) -> None:
         size = state.nbytes
@@ -128,7 +166,8 @@ class Points:
         owners = list({id(entry.owner): entry.owner for entry in entries}.values())
         left = max(0, self.budget - self.kept_bytes)
         problem = self.problem.narrowed(owners)
-        return Points(problem, self.batches, self.weight, left, self.free, self._progressbar)
+        rest = left, self.free, self._progressbar, self.group
+        return Points(problem, self.batches, self.weight, *rest)
 
     def states(self, what: str) -> Iterator[tuple[float, State]]:
         """(c_b, state of batch b) for all batches that count, in order."""
@@ -145,21 +184,34 @@ class Points:
 
     def gradient(self) -> Tensor:
         """The gradient of L, (F,)."""
+        if self.group is None:
+            return self._own_gradient()
+        size = sum(t.numel() for t in self.problem.tensors)
+        like = self.problem.dtype, self.problem.device
+        return self.group.total("gradient", self._own_gradient, (size,), *like)[0]
+
+    def _own_gradient(self) -> Tensor:
+        """The gradient of sum_b c_b L_b over this process's batches, (F,)."""
+        self.check_current()
         total: Tensor | None = None
         with self.running():
             for coefficient, state in self.states("gradient"):
                 part = state.gradient()
                 total = part * coefficient if total is None else total.add_(part, alpha=coefficient)
-        assert total is not None
+        if total is None:  # a shard without targets that count
+            size = sum(t.numel() for t in self.problem.tensors)
+            total = torch.zeros(size, dtype=self.problem.dtype, device=self.problem.device)
         return total
 
     def check_current(self) -> None:
         """Raise RuntimeError if parameters, buffers or data were changed since the last update.
 
         Raises:
-            RuntimeError: they were; the message says what to do.
+            RuntimeError: they were, or that update failed; the message says what to do.
             ValueError: a module is in a train mode that has no one Hessian.
         """
+        if self._failed:
+            raise RuntimeError("the last refresh() of the operator failed; call it again first")
         if self._watch.changed():
             raise RuntimeError(
                 "parameters, buffers or data were changed in place after the operator was made; "
@@ -187,6 +239,8 @@ class Points:
         count = len(self.batches) - self.skipped
         again = count - self.kept
         lines = [f"data: {self.batches.describe()}"]
+        if self.group is not None:
+            lines.append(self.group.describe() + "; the data are this process's own")
         if self.weight.reduction == "mean":
             lines.append(f"mean over batches with weights that sum to {self.total:g}")
         if self.skipped:

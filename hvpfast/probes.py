@@ -26,6 +26,11 @@ from torch import Tensor
 
 from hvpfast.spec import check_choice
 
+try:
+    from hvpfast import _cpu
+except ImportError:  # not built: NumPy draws the same bits, slowly
+    _cpu = None  # type: ignore[assignment]
+
 DISTRIBUTIONS = ("rademacher", "normal")
 
 _Words = npt.NDArray[np.uint32]
@@ -104,17 +109,34 @@ def probe_rows(
     num_params: int,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The probes of a source as rows (K, P)."""
+    """The probes of a source as rows (K, P).
+
+    They are written to ``out`` where it is given: contiguous, with that dtype, on the CPU.
+    """
     if type(num_params) is not int or num_params < 0:
         raise ValueError(f"num_params must be an integer >= 0; got {num_params!r}")
     if not dtype.is_floating_point:
         raise TypeError(f"probes need a floating-point dtype; got {dtype}")
+    if _cpu is None or dtype not in (torch.float32, torch.float64) or num_params == 0:
+        rows = torch.from_numpy(numpy_rows(source, num_params)).to(device=device, dtype=dtype)
+        return rows if out is None else out.copy_(rows)
+    rows = torch.empty(source.num_probes, num_params, dtype=dtype) if out is None else out
+    name, seed, first, double = source.distribution, source.seed, source.first, dtype.itemsize == 8
+    address, stride = rows.data_ptr(), num_params * dtype.itemsize
+    for k in range(source.num_probes):
+        _cpu.draw(name, seed, first + k, 0, num_params, address + k * stride, double)
+    return rows.to(device)
+
+
+def numpy_rows(source: ProbeSource, num_params: int) -> _Floats:
+    """The probes of a source as rows (K, P) by NumPy, which every implementation must equal."""
     draw = _rademacher if source.distribution == "rademacher" else _normal
     rows = np.empty((source.num_probes, num_params), np.float32)
     for k in range(source.num_probes):
         rows[k] = draw(num_params, source.first + k, source.seed)
-    return torch.from_numpy(rows).to(device=device, dtype=dtype)
+    return rows
 
 
 def philox(counter: _Words, key: tuple[int, int]) -> _Words:

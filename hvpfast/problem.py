@@ -22,7 +22,7 @@ from hvpfast.plan import plan_of
 from hvpfast.reduction import Batch, BatchWeight
 from hvpfast.spec import MLPSpec
 
-__all__ = ["FunctionProblem", "MLPProblem", "Watch", "problem_for"]
+__all__ = ["FunctionProblem", "MLPProblem", "Watch", "problem_for", "spec_for"]
 
 
 class Watch:
@@ -58,7 +58,7 @@ class MLPProblem:
         self.dtype = dtype or self._own[0].dtype
         self.device = self._own[0].device
         self.backend = backend
-        self.text = ""
+        self.text = ""  # that of the first linearization
         self.update()
 
     def update(self) -> None:
@@ -170,17 +170,19 @@ def problem_for(
     loss_fn: Callable[..., Any],
     entries: Sequence[Entry],
     weight: BatchWeight,
-    batch: Batch,
+    batch: Batch | None,
     backend: str,
     dtype: torch.dtype | None,
 ) -> MLPProblem | FunctionProblem:
     """The model as an MLP where it, the loss and the data are that; else as a function.
 
+    ``batch`` is one of the data, None where there are none.
+
     Raises:
         RuntimeError: the named backend cannot run this; the message says why.
     """
     try:
-        return MLPProblem(model, _spec_for(model, loss_fn, batch), backend, dtype)
+        return MLPProblem(model, spec_for(model, loss_fn, batch), backend, dtype)
     except NotAnMLPError as error:
         reason = str(error)
     owners = list({id(entry.owner): entry.owner for entry in entries}.values())
@@ -197,9 +199,11 @@ def problem_for(
     return problem
 
 
-def _spec_for(model: nn.Module, loss_fn: Callable[..., Any], batch: Batch) -> MLPSpec:
+def spec_for(model: nn.Module, loss_fn: Callable[..., Any], batch: Batch | None) -> MLPSpec:
     """The specification, if the data are those of an MLP too; else NotAnMLPError."""
     spec = plan_of(model, loss_fn).spec
+    if batch is None:
+        return spec
     x, y = batch
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise NotAnMLPError(f"the data are not tensors but {type(x).__name__}, {type(y).__name__}")

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import hvpfast as hf
-from hvpfast.probes import ProbeSource, _words, philox, probe_rows
+from hvpfast.probes import ProbeSource, _words, numpy_rows, philox, probe_rows
 
 DISTRIBUTIONS = ("rademacher", "normal")
 
@@ -135,13 +135,23 @@ def test_global_random_state_is_untouched(distribution: str) -> None:
 def test_the_extension_draws_the_same_bits(distribution: str) -> None:
     _cpu = pytest.importorskip("hvpfast._cpu")
     seed, P = 0xFEDCBA9876543210, 100_003
-    expected = hf.probes(P, 1, distribution=distribution, seed=seed, first=9)[:, 0]
+    expected = torch.from_numpy(numpy_rows(ProbeSource(1, distribution, seed, 9), P))[0]
     for begin, end in ((0, P), (0, 1), (1, 2), (5, 134), (127, 129), (4096, 4099), (77, P)):
         for dtype in (torch.float32, torch.float64):
             out = torch.full((end - begin,), torch.nan, dtype=dtype)
             double = dtype == torch.float64
             _cpu.draw(distribution, seed, 9, begin, end, out.data_ptr(), double)
             assert torch.equal(out, expected[begin:end].to(dtype)), (begin, end, dtype)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_are_those_of_numpy(distribution: str, dtype: torch.dtype) -> None:
+    """However they are drawn: with the extension, or without it."""
+    for P, K in ((1, 3), (127, 2), (1001, 5)):
+        source = ProbeSource(K, distribution, 2**63 + 5, 7)
+        expected = torch.from_numpy(numpy_rows(source, P)).to(dtype)
+        assert torch.equal(probe_rows(source, P, dtype), expected)
 
 
 def test_shapes_and_layout() -> None:

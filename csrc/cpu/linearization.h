@@ -1,5 +1,5 @@
 // The CPU engine's linearization: declarations. The equations are in linearize.h, tangents.h,
-// products.h and third_order.h.
+// products.h, third_order.h and cores.h.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -48,6 +48,14 @@ class CpuLinearization final : public Linearization<T> {
                int threads) const override;
   std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
                                       Curvature curvature, int threads) const override;
+  void sample_traces(Curvature curvature, const Chosen& chosen, T* out, int threads) const override;
+  void diagonal(Curvature curvature, T* out, int threads) const override;
+  double inner_product(const Linearization<T>& other, Curvature curvature, const Chosen& chosen,
+                       int threads) const override;
+  std::unique_ptr<Penalty<T>> exact_penalty(Exact kind, Curvature curvature, const Chosen& chosen,
+                                            int threads) const override;
+  size_t exact_bytes(Exact kind, Curvature curvature, const Chosen& chosen, bool gradient,
+                     int threads) const override;
 
  private:
   static constexpr int NR = kPanel<T>;
@@ -91,6 +99,28 @@ class CpuLinearization final : public Linearization<T> {
   class CpuPenalty;
   void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u,
                    Mixed& mixed, Range panels, T g_loss, Curvature curvature) const;
+
+  // cores.h, core_pairs.h and core_gradient.h
+  struct CoreOptions;
+  struct Cores;
+  struct CoreBars;
+  struct CoreFlow;
+  struct CoreStrips;
+  class CpuExactPenalty;
+  CoreOptions core_options(bool pairs, bool gradient, Curvature curvature,
+                           const Chosen& chosen) const;
+  int64_t core_chunk(const CoreOptions& options) const;
+  Cores make_cores(Arena& arena, const CoreOptions& options, int64_t panels) const;
+  void build_cores(Team& team, const Cores& c, T* const* scratch) const;
+  void build_panel(const Cores& c, int64_t p, T* scratch) const;
+  void lowest_core(const Cores& c, int64_t p, T* scratch) const;
+  Vec<T> own_alpha(const Cores& c, int l, int64_t p, int v) const;
+  Vec<T> own_trace(const Cores& c, int l, int64_t p, int v) const;
+  double core_pairs(const Cores& lanes, int64_t p, const Cores& rows, Range q, bool symmetric,
+                    const CoreStrips& s) const;
+  template <class Body>
+  void for_core_diagonals(Curvature curvature, const Chosen& chosen, int threads,
+                          Body&& body) const;
 
   // gram.h
   bool gram_pays() const;

@@ -1,4 +1,5 @@
 // The contract of ops.h on the CPU, compiled once per instruction set.
+#include "core_penalty.h"
 #include "isa.h"
 #include "peak.h"
 #include "penalty.h"

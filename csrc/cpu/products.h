@@ -32,6 +32,7 @@ struct CpuLinearization<T>::Product {
   Range panels;
   bool accumulate;  // add to out: earlier panels are already there
   std::vector<Factor> factors;
+  bool bias = true;  // write out_b too
 };
 
 template <class T>
@@ -109,7 +110,7 @@ void CpuLinearization<T>::run_product(const Product& product, Range strips, Rang
       }
     }
   }
-  if (strips.begin == 0 && layout_.bias[l] >= 0) {
+  if (product.bias && strips.begin == 0 && layout_.bias[l] >= 0) {
     const Factor& factor = product.factors[0];
     for (int64_t k = outputs.begin; k < outputs.end; ++k) {
       T* out = product.out + k * P + layout_.bias[l];

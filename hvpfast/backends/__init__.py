@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ BACKENDS = ("cpu", "reference")
 
 
 class PenaltyState(Protocol):
-    """The penalty (1/K) sum_k ||H v_k||^2 at one point, before its gradient."""
+    """A curvature penalty at one point, before its gradient."""
 
     @property
     def loss(self) -> Tensor:
@@ -71,6 +71,28 @@ class State(Protocol):
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
         """The penalty for probes given as rows (K, P) or as their source, K >= 1."""
+
+    # Exact curvature, of multilayer perceptrons only: NotImplementedError elsewhere. ``chosen``
+    # has one flag per tensor [W1, b1, ...]: H is the block of the tensors with True, one or more.
+
+    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
+        """The trace of each sample's part of H, (N,)."""
+
+    def diagonal(self, ggn: bool) -> Tensor:
+        """The diagonal of H over all tensors, (P,)."""
+
+    def inner_product(self, other: Any, ggn: bool, chosen: Sequence[bool]) -> float:
+        """tr H G of H here and G at another state of the same backend and network."""
+
+    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> PenaltyState:
+        """tr H (kind "trace") or tr H^2 ("fro2")."""
+
+
+def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
+    """What an exact value is called in messages."""
+    of = "tr H" if kind == "trace" else "tr H^2"
+    network = "-".join(str(d) for d in spec.sizes)
+    return f"the {'gradient of the ' if gradient else ''}exact {of} of a {network} perceptron"
 
 
 class Backend(Protocol):

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
+from hvpfast.backends import State, exact_text
+from hvpfast.memory import LARGE_BYTES, check_scratch
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
 
@@ -82,18 +84,30 @@ def linearize(
             engine_of.linearize_layers_float64 if double else engine_of.linearize_layers_float32
         )
         engine = layers([p.data_ptr() for p in params], *rest)
-    return CpuState(engine, spec.num_params, x.dtype, (params, x, y))
+    return CpuState(engine, spec, x.dtype, (params, x, y))
+
+
+@functools.lru_cache(maxsize=1024)
+def _small(spec: MLPSpec) -> bool:
+    """Whether the scratch memory of exact curvature is small for any number of samples."""
+    # of the blocks of a panel, which has at most 128 bytes per number; chunks have bounded memory
+    return 6 * 128 * sum(spec.sizes[1:]) ** 2 < LARGE_BYTES // 16
 
 
 class CpuState:
     """A C++ linearization and the tensors it reads."""
 
-    __slots__ = ("_dtype", "_engine", "_inputs", "_num_params", "loss_value")
+    __slots__ = ("_dtype", "_engine", "_inputs", "_num_params", "_spec", "loss_value")
 
     def __init__(
-        self, engine: _cpu.Linearization, num_params: int, dtype: torch.dtype, inputs: object
+        self,
+        engine: _cpu.Linearization,
+        spec: MLPSpec,
+        dtype: torch.dtype,
+        inputs: tuple[Tensor | Sequence[Tensor], Tensor, Tensor],
     ) -> None:
-        self._engine, self._num_params, self._dtype = engine, num_params, dtype
+        self._engine, self._spec, self._dtype = engine, spec, dtype
+        self._num_params = spec.num_params
         self._inputs = inputs  # keeps the memory alive
         self.loss_value: float = engine.loss
 
@@ -159,6 +173,52 @@ class CpuState:
             return CpuPenalty(self, engine, None)
         engine = self._engine.penalty(probes.data_ptr(), probes.size(0), ggn, get_num_threads())
         return CpuPenalty(self, engine, probes)
+
+    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
+        """tr H_n of each sample over the chosen tensors, (N,)."""
+        self._check_scratch("trace", ggn, chosen, False)
+        out = torch.empty(len(self._inputs[1]), dtype=self._dtype)
+        flags = self._flags(chosen)
+        self._engine.sample_traces(ggn, *flags, out.data_ptr(), get_num_threads())
+        return out
+
+    def diagonal(self, ggn: bool) -> Tensor:
+        """The diagonal of H, (P,)."""
+        self._check_scratch("trace", ggn, [True] * len(self._spec.shapes), False)
+        out = torch.empty(self._num_params, dtype=self._dtype)
+        self._engine.diagonal(ggn, out.data_ptr(), get_num_threads())
+        return out
+
+    def inner_product(self, other: State, ggn: bool, chosen: Sequence[bool]) -> float:
+        """tr H_a H_b over the chosen tensors, of this state and one of the same network."""
+        if not isinstance(other, CpuState):
+            raise TypeError(f"the other state must be of backend 'cpu'; got {type(other).__name__}")
+        self._check_scratch("fro2", ggn, chosen, False)
+        return self._engine.inner_product(
+            other._engine, ggn, *self._flags(chosen), get_num_threads()
+        )
+
+    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> CpuPenalty:
+        """tr H ("trace") or tr H^2 ("fro2") over the chosen tensors, with its gradient."""
+        self._check_scratch(kind, ggn, chosen, True)
+        flags = self._flags(chosen)
+        return CpuPenalty(
+            self, self._engine.exact_penalty(kind, ggn, *flags, get_num_threads()), None
+        )
+
+    def _flags(self, chosen: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+        """The flags of [W1, b1, ...] as those of the weights and of the biases."""
+        if self._spec.bias:
+            return list(chosen[::2]), list(chosen[1::2])
+        return list(chosen), [False] * len(chosen)
+
+    def _check_scratch(self, kind: str, ggn: bool, chosen: Sequence[bool], gradient: bool) -> None:
+        if _small(self._spec):
+            return
+        size = self._engine.exact_bytes(
+            kind, ggn, *self._flags(chosen), gradient, get_num_threads()
+        )
+        check_scratch(size, exact_text(self._spec, kind, gradient), self._inputs[1].device)
 
 
 class CpuPenalty:

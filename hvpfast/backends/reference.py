@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, func
 
+from hvpfast.backends import reference_cores
+from hvpfast.backends.reference_cores import Cores
 from hvpfast.checks import check_labels
 from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.spec import MLPSpec
@@ -52,7 +54,9 @@ def linearize(
         return spec.outputs(spec.unflatten(p[0]) if isinstance(params, Tensor) else p, x)
 
     loss, normalizer = mlp_loss(spec, y, tensors[0])
-    return linearize_function(outputs, loss, tensors, normalizer=normalizer)
+    state = linearize_function(outputs, loss, tensors, normalizer=normalizer)
+    state.cores_at = lambda p, ggn: reference_cores.cores(spec, spec.unflatten(p), x, loss, ggn)
+    return state
 
 
 def mlp_loss(spec: MLPSpec, y: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
@@ -131,6 +135,7 @@ class ReferenceState:
         self.normalizer = normalizer
         self._outputs, self._loss_fn, self._flat = outputs_fn, loss_fn, flat
         self._products: dict[bool, Callable[[Tensor], Tensor]] = {}  # ggn -> (v -> H v)
+        self.cores_at: Callable[[Tensor, bool], Cores] = _no_cores  # (p, ggn) -> cores
         with torch.no_grad():
             self.loss = self._objective(flat)
         if not isinstance(self.loss, Tensor) or self.loss.dim() != 0:
@@ -188,7 +193,37 @@ class ReferenceState:
         """(1/K) sum_k ||H v_k||^2 for probes (K, P) or their source."""
         if isinstance(probes, ProbeSource):
             probes = probe_rows(probes, self._flat.numel(), self._flat.dtype, self._flat.device)
-        return ReferencePenalty(self, probes.detach(), ggn)
+        rows = probes.detach()
+        return ReferencePenalty(
+            self, lambda p: over_rows(self._product_at(p, ggn), rows).square().sum(1).mean()
+        )
+
+    @torch.no_grad()
+    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
+        """tr H_n of each sample over the chosen tensors, (N,)."""
+        return reference_cores.sample_traces(self.cores_at(self._flat, ggn), chosen)
+
+    @torch.no_grad()
+    def diagonal(self, ggn: bool) -> Tensor:
+        """The diagonal of H, (P,)."""
+        return reference_cores.diagonal(self.cores_at(self._flat, ggn))
+
+    @torch.no_grad()
+    def inner_product(self, other: ReferenceState, ggn: bool, chosen: Sequence[bool]) -> float:
+        """tr H_a H_b over the chosen tensors, of this state and one of the same network."""
+        own, its = self.cores_at(self._flat, ggn), other.cores_at(other._flat, ggn)
+        return float(reference_cores.inner_product(own, its, chosen))
+
+    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> ReferencePenalty:
+        """tr H ("trace") or tr H^2 ("fro2") over the chosen tensors, with its gradient."""
+
+        def value(p: Tensor) -> Tensor:
+            cores = self.cores_at(p, ggn)
+            if kind == "trace":
+                return reference_cores.sample_traces(cores, chosen).sum()
+            return reference_cores.inner_product(cores, cores, chosen)
+
+        return ReferencePenalty(self, value)
 
     @property
     def nbytes(self) -> int:
@@ -206,13 +241,12 @@ class ReferenceState:
 
 
 class ReferencePenalty:
-    """The penalty of a state for fixed probes, and its gradient."""
+    """A penalty p -> value(p) at the point of a state, and its gradient."""
 
     @torch.no_grad()
-    def __init__(self, state: ReferenceState, probes: Tensor, ggn: bool) -> None:
+    def __init__(self, state: ReferenceState, value: Callable[[Tensor], Tensor]) -> None:
         def both(p: Tensor) -> tuple[Tensor, Tensor]:
-            products = over_rows(state._product_at(p, ggn), probes)
-            return state._objective(p), products.square().sum(1).mean()
+            return state._objective(p), value(p)
 
         self._values: tuple[Tensor, Tensor]
         self._values, self._pullback = func.vjp(both, state._flat)[:2]
@@ -235,6 +269,12 @@ class ReferencePenalty:
         )
         out: Tensor = self._pullback(weights)[0]
         return out
+
+
+def _no_cores(p: Tensor, ggn: bool) -> Cores:
+    raise NotImplementedError(
+        "exact curvature without probes takes multilayer perceptrons with cross-entropy or mse"
+    )
 
 
 def _grad(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -144,9 +144,56 @@ void run_tangents(const Linearization<T>& lin, int64_t P, int64_t K, Curvature c
     });
 }
 
+// Exact values and their gradients, over all tensors and over some: tr H is the sum of its
+// diagonal, tr H^2 is tr H H, and is not below (tr H)^2 / P.
+template <class T>
+void run_exact(const Linearization<T>& lin, const MlpSpec& spec, int64_t N, bool third_order) {
+  const ParameterLayout layout(spec);
+  const size_t L = size_t(spec.L());
+  const std::vector<uint8_t> all(L + 1, 1), none(L + 1, 0);
+  std::vector<Chosen> choices = {{all, all}, {none, none}};  // one part by turns
+  if (num_cases % 3 == 0) choices[1].weight = all;
+  if (num_cases % 3 == 1) choices[1].weight[L] = 1;
+  if (num_cases % 3 == 2) choices[1].weight[1] = 1, choices[1].bias[L] = 1;
+  const double P = double(layout.P), eps = double(std::numeric_limits<T>::epsilon());
+  for (Curvature curvature : {Curvature::kHessian, Curvature::kGgn})
+    for (const Chosen& chosen : choices) {
+      const bool whole = &chosen == &choices[0];
+      const auto found = on_any_threads<T>(N + layout.P + 1, [&](T* out, int threads) {
+        lin.sample_traces(curvature, chosen, out, threads);
+        lin.diagonal(curvature, out + N, threads);
+        out[N + layout.P] = T(lin.inner_product(lin, curvature, chosen, threads));
+        check(lin.exact_bytes(Exact::kFro2, curvature, chosen, true, threads) > 0,
+              "exact values take memory");
+      });
+      double trace = 0, diagonal = 0, size = 0;
+      for (int64_t n = 0; n < N; ++n) trace += double(found[size_t(n)]);
+      for (int64_t i = 0; i < layout.P; ++i) {
+        diagonal += double(found[size_t(N + i)]);
+        size += std::abs(double(found[size_t(N + i)]));
+      }
+      const double square = double(found.back());
+      check(square >= 0, "tr H^2 is not negative");
+      check(!whole || std::abs(trace - diagonal) <= 1e4 * eps * (size + 1e-30),
+            "tr H is not the sum of diag H");
+      check(!whole || square * P >= trace * trace * (1 - 1e4 * eps), "tr H^2 is too small");
+      if (!third_order) continue;
+      for (Exact kind : {Exact::kTrace, Exact::kFro2})
+        on_any_threads<T>(layout.P + 1, [&](T* out, int threads) {
+          const auto penalty = lin.exact_penalty(kind, curvature, chosen, threads);
+          out[layout.P] = T(penalty->value());
+          const double value = kind == Exact::kTrace ? trace : square;
+          check(std::abs(penalty->value() - value) <= 1e4 * eps * (std::abs(value) + size),
+                "the penalty is not the value");
+          penalty->gradient(0.5, 2.0, out, threads);
+          penalty->gradient(0.5, 2.0, out, threads);  // it can be asked again
+        });
+    }
+}
+
 template <class T>
 void run_problem(const Isa& isa, const MlpSpec& spec, int64_t N, std::initializer_list<int64_t> Ks,
-                 bool third_order = true) {
+                 bool third_order = true, bool exact = true) {
   context = std::string(isa.name) + (sizeof(T) == 4 ? " float32" : " float64") + " widths";
   for (int64_t d : spec.D) context += " " + std::to_string(d);
   context += ", N=" + std::to_string(N) + ", activation " + std::to_string(int(spec.activation)) +
@@ -164,6 +211,7 @@ void run_problem(const Isa& isa, const MlpSpec& spec, int64_t N, std::initialize
   for (int64_t K : Ks)
     for (Curvature curvature : {Curvature::kHessian, Curvature::kGgn})
       run_tangents(*lin, P, K, curvature, third_order);
+  if (exact) run_exact(*lin, spec, N, third_order);
   ++num_cases;
 }
 
@@ -211,17 +259,21 @@ void run_type(const Isa& isa) {
     for (int64_t N : {int64_t(1), panel - 1, panel, panel + 1, 3 * panel + 2})
       for (int activation = 0; activation <= int(Activation::kSoftplus); ++activation, i += 7)
         for (int loss = 0; loss < 2; ++loss)
-          run_problem<T>(isa, options(D, Activation(activation), i + loss), N, {1, 2}, i % 3 != 2);
+          run_problem<T>(isa, options(D, Activation(activation), i + loss), N, {1, 2}, i % 3 != 2,
+                         (i / 7 + i / 56 + loss) % 4 == 0);
   // Enough work for a team of threads, many tangents, tiles of panels.
   for (Activation activation : {Activation::kRelu, Activation::kGelu}) {
     run_problem<T>(isa, options({33, 31, 29, 11}, activation, 30), 10 * panel + 3, {0, 7});
     run_problem<T>(isa, options({9, 65, 7}, activation, 7), 9 * panel + 1, {0, 7});
   }
+  // More samples than one chunk of cores takes; layers of every distance.
+  run_problem<T>(isa, options({2, 3, 2}, Activation::kTanh, 4), 66 * panel + 1, {1});
+  run_problem<T>(isa, options({2, 3, 1, 2, 2, 3}, Activation::kSilu, 22), 65 * panel, {1});
   // More inputs than samples: the first layer by inner products of the samples.
   for (int64_t N : {int64_t(5), panel, panel + 1, 2 * panel + 3})
     for (int k = 0; k < 6; ++k)
       run_problem<T>(isa, options({160, 110, 5}, k % 3 ? Activation::kRelu : Activation::kSilu, k),
-                     N, {1, 3});
+                     N, {1, 3}, true, k == 0 && N == 5);
   run_refusals<T>(isa);
 }
 
