@@ -69,7 +69,7 @@ $(STUDY)/installed: $(STUDY)/$(STAMP) $(BUILD_SOURCES) $(PACKAGE)
 	touch $@
 
 $(TEST)/installed: $(TEST)/$(STAMP) $(BUILD_SOURCES)
-	$(BIN)/pip install -e '.[dev,studies,bench]'
+	$(BIN)/pip install '$(TORCH)' -e '.[dev,studies,bench,compat]'
 	touch $@
 
 clean:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvpfast.bench import record, report
+from hvpfast.bench import record, report, suites
 from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.bench.runner import Settings, run_bench
@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="tiny cases in seconds: does everything work?")
     add("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
     add("--show", type=Path, metavar="FILE", help="print and draw an existing bench.json")
+    parser.set_defaults(run_suite=None)
+    others = parser.add_subparsers(title="other suites, each with options of its own")
+    for name in suites.names():
+        suite = suites.load(name)
+        other = others.add_parser(name, help=suite.DESCRIPTION, description=suite.DESCRIPTION)
+        suite.add_arguments(other)
+        other.set_defaults(run_suite=suite.run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 when a form of ours failed or was wrong, 130 when interrupted, else 0.
     """
+    if arguments.run_suite is not None:
+        status: int = arguments.run_suite(arguments)
+        return status
     if arguments.show is not None:
         result = json.loads(arguments.show.read_text(encoding="utf-8"))
     else:

@@ -1,0 +1,140 @@
+"""PyHessian's class: ``hessian(model, criterion, data=..., dataloader=...)`` and its return forms.
+
+What differs: eigenpairs come from block Lanczos, and what does not converge is said in a warning;
+the trace does not stop where two running means agree, but where its confidence interval is narrow;
+means over batches are weighted exactly; the model stays in its mode, and no ``.grad`` is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hvpfast.operators import HessianOperator
+
+__all__ = ["hessian"]
+
+_FIRST_LOOK = 16  # samples before a tolerance is looked at
+
+
+class hessian:
+    """Eigenvalues, trace and spectral density of the Hessian of ``criterion(model(x), y)``.
+
+    A model in train mode is copied and the copy put into eval mode, in which PyHessian evaluates.
+
+    Args:
+        model: any module.
+        criterion: the loss, called as ``criterion(outputs, targets)``.
+        data: one batch (inputs, targets), or
+        dataloader: an iterable of batches; exactly one of the two.
+        cuda: where the model has to be; None takes it from wherever it is. Data are moved to it.
+        seed: of all random vectors; None takes fresh entropy for each call.
+        **options: keyword arguments of :class:`hvpfast.HessianOperator`.
+
+    Attributes:
+        operator: the :class:`hvpfast.HessianOperator`.
+
+    Raises:
+        ValueError: not exactly one of ``data`` and ``dataloader``, or a model on another device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any],
+        data: Any = None,
+        dataloader: Any = None,
+        cuda: bool | None = None,
+        *,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        if (data is None) == (dataloader is None):
+            raise ValueError("give data=(inputs, targets) or dataloader=, one of the two")
+        device = next(model.parameters()).device.type
+        if cuda is not None and cuda != (device == "cuda"):
+            raise ValueError(
+                f"cuda={cuda}, but the model is on {device}: move it with model.to(...), or leave "
+                "cuda= out"
+            )
+        evaluated = copy.deepcopy(model).eval() if model.training else model
+        given = tuple(data) if dataloader is None else dataloader
+        self.operator = HessianOperator(evaluated, criterion, None, given, **options)
+        self._seed = seed
+
+    def eigenvalues(
+        self, maxIter: int = 100, tol: float = 1e-3, top_n: int = 1
+    ) -> tuple[list[float], list[list[Tensor]]]:
+        """The eigenvalues of largest magnitude, with eigenvectors.
+
+        Args:
+            maxIter: products per eigenvalue, at most.
+            tol: residual norm relative to the eigenvalue.
+            top_n: how many.
+
+        Returns:
+            (eigenvalues by decreasing magnitude, for each the list of tensors shaped like the
+            parameters).
+
+        Warns:
+            RuntimeWarning: some did not converge.
+        """
+        from hvpfast.eigen import eigsh
+
+        budget = max(maxIter, 2) * top_n
+        result = eigsh(self.operator, k=top_n, tol=tol, max_matvecs=budget, seed=self._seed)
+        found = int(result.converged.sum())
+        if found < top_n:
+            warnings.warn(
+                f"{found} of {top_n} eigenpairs converged to tol={tol:g} in {result.num_matvecs} "
+                "products: raise maxIter",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        layout = self.operator._tree()
+        vectors = [layout.split(v.unsqueeze(0), stacked=False) for v in result.eigenvectors.T]
+        return result.eigenvalues.tolist(), vectors
+
+    def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
+        """Samples v'Hv with Rademacher v, whose mean estimates the trace.
+
+        Args:
+            maxIter: samples, at most.
+            tol: half-width of the 95 % confidence interval, relative to the estimate, at which
+                sampling stops, after 16 samples at the earliest; 0 takes ``maxIter`` samples.
+        """
+        from hvpfast.estimators import trace
+
+        if tol > 0 and maxIter > _FIRST_LOOK:
+            result = trace(
+                self.operator, _FIRST_LOOK, rtol=tol, max_matvecs=maxIter, seed=self._seed
+            )
+        else:
+            result = trace(self.operator, maxIter, seed=self._seed)
+        assert result.samples is not None
+        return result.samples.tolist()
+
+    def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:
+        """Nodes and weights of stochastic Lanczos quadrature.
+
+        Args:
+            iter: Lanczos steps.
+            n_v: random starting vectors.
+
+        Returns:
+            (eigenvalues, weights): for each starting vector a list of at most ``iter`` numbers;
+            weights sum to one.
+        """
+        from hvpfast.density import spectral_density
+
+        result = spectral_density(self.operator, iter, n_v, seed=self._seed)
+        counts = result.num_nodes.tolist()
+        rows = (
+            [row[:count].tolist() for row, count in zip(table, counts, strict=True)]
+            for table in (result.ritz_values, result.weights)
+        )
+        return next(rows), next(rows)

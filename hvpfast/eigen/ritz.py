@@ -1,0 +1,35 @@
+"""Ritz pairs of a projected matrix: which are wanted, and in which order."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["WHICH", "order_of", "wanted"]
+
+WHICH = ("LM", "LA", "SA", "BE")
+
+
+def order_of(values: NDArray[np.float64], which: str) -> NDArray[np.intp]:
+    """Indices of all values, the most wanted first.
+
+    "LM": by decreasing magnitude, "LA": decreasing, "SA": increasing, "BE": the largest, the
+    smallest, the second largest, and so on.
+    """
+    down = np.argsort(-values, kind="stable")
+    if which == "LM":
+        return np.argsort(-np.abs(values), kind="stable")
+    if which == "LA":
+        return down
+    if which == "SA":
+        return down[::-1]
+    half = (len(values) + 1) // 2
+    alternating = np.empty(len(values), np.intp)
+    alternating[0::2], alternating[1::2] = down[:half], down[half:][::-1]
+    return alternating
+
+
+def wanted(values: NDArray[np.float64], k: int, which: str) -> NDArray[np.intp]:
+    """Indices of the k wanted values in the order of results: "BE" by decreasing value."""
+    first = order_of(values, which)[:k]
+    return first[np.argsort(-values[first], kind="stable")] if which == "BE" else first

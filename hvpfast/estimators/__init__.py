@@ -1,0 +1,22 @@
+"""Trace, Frobenius norm, diagonal and row norms: estimates with standard errors, exact values."""
+
+from hvpfast.estimators.estimate import (
+    diagonal,
+    estimate_all,
+    frobenius_norm,
+    frobenius_sq,
+    row_norms_sq,
+    trace,
+)
+from hvpfast.estimators.result import Estimate, Estimates
+
+__all__ = [
+    "Estimate",
+    "Estimates",
+    "diagonal",
+    "estimate_all",
+    "frobenius_norm",
+    "frobenius_sq",
+    "row_norms_sq",
+    "trace",
+]
