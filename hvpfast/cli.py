@@ -81,6 +81,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per study, its options made from its configuration."""
     from hvpfast.studies import studies
     from hvpfast.studies.arguments import add_config_arguments
+    from hvpfast.studies.sharing import cores
 
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(title="studies", metavar="STUDY")
@@ -95,6 +96,8 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         group.add_argument("--resume", action="store_true", help=text)
         text = "no progress bar and no line per finished cell"
         group.add_argument("--quiet", action="store_true", help=text)
+        text = "processes that share a long run (default: the cores); no result depends on them"
+        group.add_argument("--workers", type=int, default=cores(), metavar="N", help=text)
         group = one.add_argument_group("what the study does (defaults of the preset default)")
         add_config_arguments(group, study.presets["default"])
         one.set_defaults(run=run_study, study=study)
@@ -102,11 +105,20 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 
 def run_study(args: argparse.Namespace) -> int:
     """Run or resume a study in its folder, and print the answer and where the report is."""
+    from hvpfast.studies.folder import StudyError
     from hvpfast.studies.run import run
+    from hvpfast.studies.sharing import team
 
+    if args.workers < 1:
+        raise StudyError(f"--workers must be at least 1; got {args.workers}")
+    if team().size > 1 and args.out is None:
+        raise StudyError("under torchrun every rank must work in one folder: name it by --out")
     study = args.study
     preset, config, out = chosen_run(args)
-    report = run(study, config, out, preset=preset, resume=args.resume, quiet=args.quiet)
+    options = {"preset": preset, "resume": args.resume, "quiet": args.quiet}
+    report = run(study, config, out, workers=args.workers, **options)
+    if not team().leads:
+        return 0
     found = json.loads((report.parent / "findings.json").read_text(encoding="utf-8"))
     print(f"{study.headline(found)}\nReport: {report}")
     return 0

@@ -14,7 +14,17 @@ import torch
 
 from hvpfast import backends
 
-PACKAGES = ("hvpfast", "torch", "numpy", "scipy", "optuna", "mnist1d", "matplotlib", "jax")
+PACKAGES = (
+    "hvpfast",
+    "torch",
+    "numpy",
+    "scipy",
+    "optuna",
+    "mnist1d",
+    "scikit-learn",
+    "matplotlib",
+    "jax",
+)
 
 
 def collect() -> dict[str, Any]:

@@ -1,37 +1,45 @@
-"""The Hessian-norm study and its parts: data, statistics, training, findings, report."""
+"""What the studies share: MNIST-1D, random streams, statistics, findings, tuning, measuring."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
 
 import hvpfast as hf
-from hvpfast.studies import data, findings, hessian_norm, hessian_norm_report, tuning
-from hvpfast.studies.arguments import field_docs
+from hvpfast.studies import data, findings, tuning
 from hvpfast.studies.folder import StudyError
-from hvpfast.studies.statistics import paired, sign_flip_p
-from hvpfast.studies.training import Diverged, curvature, linearize
+from hvpfast.studies.statistics import (
+    NUM_FLIPS,
+    bootstrap_interval,
+    holm,
+    paired,
+    random_sign_flip_p,
+    sign_flip_p,
+)
+from hvpfast.studies.training import (
+    Diverged,
+    constant_prediction,
+    curvature,
+    exact_curvature,
+    linear_prediction,
+    linearize,
+)
 
 for package in ("mnist1d", "optuna", "matplotlib"):
     pytest.importorskip(package)
 
-SMOKE = replace(hessian_norm.PRESETS["smoke"], backend="reference")
-BASELINE = {"learning_rate": 1e-2, "rho": 0.0}
-
 
 @pytest.fixture(scope="module")
 def small() -> data.Data:
-    return hessian_norm.load(SMOKE)
+    return data.mnist1d(500, 0.2, 0, torch.float32)
 
 
 # data
@@ -83,6 +91,13 @@ def test_splits_are_disjoint_complete_and_named_by_the_root_seed(small: data.Dat
     assert not torch.equal(data.mnist1d(500, 0.2, 1, torch.float32).val.x, small.val.x)
 
 
+def test_protocols_without_validation_use_the_test_split(small: data.Data) -> None:
+    made = data.mnist1d(500, 0.0, 0, torch.float32)
+    assert made.val is made.test
+    assert torch.equal(made.test.x, small.test.x)
+    assert len(made.train.y) == 400
+
+
 def test_split_sizes() -> None:
     assert data.split_sizes(5000, 0.2) == (3200, 800, 1000)
     assert data.split_sizes(2000, 0.2) == (1280, 320, 400)
@@ -124,6 +139,31 @@ def test_paired_interval_is_students() -> None:
     assert found.mean == pytest.approx(d.mean(), rel=1e-12)
 
 
+def test_bootstrap_interval_is_scipys_bca() -> None:
+    d = np.random.default_rng(3).exponential(1.0, 25) - 0.4
+    low, high = bootstrap_interval(d, 0.95)
+    expected = stats.bootstrap(
+        (d,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    spread = d.std() / 5
+    assert abs(low - expected.low) < 0.05 * spread
+    assert abs(high - expected.high) < 0.05 * spread
+    assert bootstrap_interval(d, 0.95) == (low, high)
+    assert bootstrap_interval(np.full(4, 0.25), 0.95) == (0.25, 0.25)
+    found = paired(d.tolist())
+    assert (found.boot_low, found.boot_high) == (low, high)
+
+
+@pytest.mark.parametrize("n", [12, 30])
+def test_intervals_cover_the_mean_about_as_often_as_they_say(n: int) -> None:
+    rng = np.random.default_rng(5)
+    results = [paired(rng.normal(0.5, 1.0, n).tolist()) for _ in range(120)]
+    student = np.mean([r.low <= 0.5 <= r.high for r in results])
+    boot = np.mean([r.boot_low <= 0.5 <= r.boot_high for r in results])
+    assert 0.91 < student < 0.985
+    assert 0.86 < boot < 0.985  # a bootstrap of few numbers is a little too narrow
+
+
 @pytest.mark.parametrize("n", [2, 5, 9])
 def test_sign_flip_p_counts_every_pattern(n: int) -> None:
     d = np.random.default_rng(n).integers(-2, 5, n).astype(float)  # integers: ties occur
@@ -135,8 +175,31 @@ def test_what_has_no_interval_is_no_evidence() -> None:
     assert paired([]).evidence is False
     assert paired([0.4]) == paired([0.4])
     assert (paired([0.4]).mean, paired([0.4]).low, paired([0.4]).p) == (0.4, None, None)
+    assert paired([0.4]).p_resolution is None
     assert sign_flip_p(np.zeros(5)) == 1.0
     assert sign_flip_p(np.ones(41)) is None
+
+
+def test_many_pairs_get_a_drawn_p_with_its_resolution() -> None:
+    d = np.random.default_rng(2).normal(0.25, 1.0, 40)
+    exact, drawn = sign_flip_p(d), random_sign_flip_p(d)
+    assert exact is not None
+    assert abs(drawn - exact) < 4 * math.sqrt(exact / NUM_FLIPS)
+    assert paired(d.tolist()).p_resolution == 2.0**-39
+    found = paired(np.ones(41).tolist())
+    assert found.p == found.p_resolution == 1 / (NUM_FLIPS + 1)
+    assert found.t is None
+
+
+def test_holm_steps_down_and_leaves_out_what_was_not_tested() -> None:
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(2000):  # no effect anywhere: any finding is false
+        wrong += min(p for p in holm(list(rng.uniform(size=5))) if p is not None) < 0.05
+    assert wrong / 2000 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+    assert wrong / 2000 > 0.03
 
 
 def test_compare_says_lower_higher_or_no_evidence() -> None:
@@ -151,6 +214,28 @@ def test_compare_says_lower_higher_or_no_evidence() -> None:
     assert findings.compare([1.0, -1.0], [1.0, 1.0], ratio=True)["kind"] == "difference"
 
 
+def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
+    rng = np.random.default_rng(4)
+    base = rng.uniform(1, 2, 12)
+    pairs = {name: base + shift + rng.normal(0, 0.01, 12) for name, shift in
+             (("less", -0.1), ("more", 0.1), ("same", 0.0))}  # fmt: skip
+    found = findings.holm_correct({k: findings.compare(base, v) for k, v in pairs.items()})
+    assert [found[k]["verdict_holm"] for k in pairs] == [
+        "lower", "higher", "no evidence of a difference"
+    ]  # fmt: skip
+    assert found["less"]["p_holm"] == pytest.approx(3 * found["less"]["p"])
+    half = findings.compare(base, base / 2, ratio=True)
+    assert findings.holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
+    assert findings.interval(half, "boot_").startswith("[×0.5")
+
+
+def test_p_values_that_were_drawn_are_bounds() -> None:
+    many, few = findings.compare([0.0] * 50, [1.0] * 50), findings.compare([0.0] * 9, [1.0] * 9)
+    assert findings.p_value(many) == "≤ 1e-05"
+    assert findings.p_value(few) == "0.0039"
+    assert findings.p_value(findings.compare([1.0], [2.0])) == "–"
+
+
 def test_words_for_numbers() -> None:
     assert [findings.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
         "–", "0", "1e-05", "0.123", "1.50e+07"
@@ -158,6 +243,9 @@ def test_words_for_numbers() -> None:
     assert findings.change(-0.25, "difference") == "-0.2500"
     assert findings.change(0.25, "ratio") == "×0.25"
     assert findings.count(1, "seed") == "1 seed"
+    assert (
+        findings.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
+    )
     assert findings.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
 
 
@@ -191,91 +279,11 @@ def test_search_tries_shared_points_first_follows_its_seed_and_survives_failures
     assert tuning.minimise(lambda *_: math.inf, {"a": (1, 2)}, [], 2, 0) is None
 
 
-# training and measuring
-
-
-def test_the_baseline_is_plain_torch_training(small: data.Data) -> None:
-    trained = hessian_norm.train(SMOKE, small, BASELINE, "final", 5)
-    start = hf.MLP((40, 32, 32, 10), generator=data.generator(0, "init", "final", 5))
-    layers = [nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
-    model = nn.Sequential(*layers)
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), start.weights, strict=True):
-            p.copy_(value)
-    optimizer, batches = (
-        torch.optim.Adam(model.parameters(), lr=1e-2),
-        data.generator(0, "batches", "final", 5),
-    )
-    losses = []
-    for _ in range(SMOKE.epochs):
-        for batch in torch.randperm(320, generator=batches).split(128):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(
-                model(small.train.x[batch]), small.train.y[batch]
-            ).backward()
-            optimizer.step()
-        with torch.no_grad():
-            losses.append(float(nn.functional.cross_entropy(model(small.val.x), small.val.y)))
-    assert [row["val_loss"] for row in trained.epochs[1:]] == pytest.approx(losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_penalised_gradient_is_double_backward_with_the_same_probe(
-    small: data.Data, backend: str
-) -> None:
-    config = replace(SMOKE, activation="tanh", dtype="float64")
-    model = hf.MLP((40, 32, 32, 10), "tanh", dtype=torch.float64)
-    split = data.Split(small.train.x[:50].double(), small.train.y[:50])
-    loss, penalty, grad = hessian_norm.objective(
-        hessian_norm.spec(config), model, split, backend, 0.03, 11
-    )
-    v = hf.probes(model.flat.numel(), seed=11, dtype=torch.float64)[:, 0]
-    ce = nn.functional.cross_entropy(model(split.x), split.y)
-    (g,) = torch.autograd.grad(ce, model.flat, create_graph=True)
-    (hv,) = torch.autograd.grad(g @ v, model.flat, create_graph=True)
-    (expected,) = torch.autograd.grad(ce + 0.03 * hv.square().sum(), model.flat)
-    assert loss == pytest.approx(ce.item(), rel=1e-12)
-    assert penalty == pytest.approx(hv.square().sum().item(), rel=1e-10)
-    assert torch.allclose(grad, expected, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(grad, g)  # the penalty does reach the parameters
-
-
-def test_arms_of_a_seed_share_weights_and_batches_and_seeds_do_not(small: data.Data) -> None:
-    def run(point: dict[str, float], purpose: str, seed: int) -> list[Any]:
-        return [
-            row["val_loss"] for row in hessian_norm.train(SMOKE, small, point, purpose, seed).epochs
-        ]
-
-    base = run(BASELINE, "final", 0)
-    assert run({**BASELINE, "rho": 1e-12}, "final", 0) == pytest.approx(base, rel=1e-4)
-    assert run({**BASELINE, "rho": 1e-3}, "final", 0)[0] == base[0]
-    assert run({**BASELINE, "rho": 1e-3}, "final", 0)[2] != pytest.approx(base[2], rel=1e-4)
-    assert run(BASELINE, "final", 0) == base
-    assert run(BASELINE, "tune", 0)[0] != base[0]
-    assert run(BASELINE, "final", 1)[0] != base[0]
-
-
-def test_training_leaves_global_state_alone(small: data.Data) -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    hessian_norm.train(SMOKE, small, {**BASELINE, "rho": 1e-3}, "final", 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("rho", [0.0, 1e-3])
-def test_divergence_is_a_result(small: data.Data, rho: float) -> None:
-    point = {"learning_rate": 1e30, "rho": rho}
-    trained = hessian_norm.train(SMOKE, small, point, "final", 0)
-    assert trained.diverged
-    (*_, final) = hessian_norm.final_rows(SMOKE, small, "penalised", 0, point)
-    assert final["diverged"]
-    assert "test_loss" not in final
-    rows = list(hessian_norm.trial_rows(SMOKE, small, "baseline", 0, point))
-    assert hessian_norm.mean_loss(rows) == math.inf
+# measuring
 
 
 def test_linearize_does_not_take_a_fault_for_a_divergence(small: data.Data) -> None:
-    spec, model = hessian_norm.spec(SMOKE), hf.MLP((40, 32, 32, 10))
+    spec, model = hf.MLPSpec((40, 8, 10)), hf.MLP((40, 8, 10))
     broken = data.Split(small.train.x, small.train.y * torch.nan)
     with pytest.raises((TypeError, ValueError)):
         linearize(spec, model, replace(broken, y=small.train.y + 5.5), "reference", 2)
@@ -283,6 +291,41 @@ def test_linearize_does_not_take_a_fault_for_a_divergence(small: data.Data) -> N
         model.flat.fill_(torch.nan)
     with pytest.raises(Diverged):
         linearize(spec, model, small.train, "reference", 2)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+@pytest.mark.parametrize(
+    ("sizes", "num"), [((3, 4, 3), 20), ((3, 4, 3), 90), ((2, 3, 4, 3), 1100), ((2, 3), 30)]
+)
+def test_exact_curvature_is_that_of_the_dense_matrix(
+    kind: str, sizes: tuple[int, ...], num: int
+) -> None:
+    model = hf.MLP(sizes, "tanh", dtype=torch.float64, generator=data.generator(0, "test"))
+    x = torch.randn(num, sizes[0], dtype=torch.float64, generator=data.generator(1, "test"))
+    y = torch.arange(num) % 3
+    spec = hf.MLPSpec(model.sizes, activation="tanh")
+    lin = hf.linearize(spec, model.flat, x, y, backend="reference", order=2)
+    identity = torch.eye(spec.num_params, dtype=torch.float64)
+    dense = hf.hvp(lin, identity) if kind == "hessian" else hf.ggnvp(lin, identity)
+    found = exact_curvature(model, data.Split(x, y), "auto", kind)
+    assert found[f"{kind}_fro2"] == pytest.approx(float(dense.square().sum()), rel=1e-10)
+    assert found[f"{kind}_trace"] == pytest.approx(float(dense.trace()), rel=1e-10)
+
+
+def test_predictors_without_a_network(small: data.Data) -> None:
+    constant = constant_prediction(small)
+    shares = torch.bincount(small.train.y, minlength=10).double() / 320
+    assert constant["test_loss"] == pytest.approx(float(-shares.log()[small.test.y].mean()))
+    linear = linear_prediction(small)
+    assert linear["test_loss"] < constant["test_loss"]
+    assert linear["train_accuracy"] > 0.3
+    rng = np.random.default_rng(0)
+    x = torch.as_tensor(rng.normal(size=(300, 2)))
+    y = (x[:, 0] > x[:, 1]).long()
+    splits = [data.Split(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
+    easy = linear_prediction(data.Data(*splits, check="", num_classes=2))
+    assert easy["test_accuracy"] > 0.95
+    assert easy["decay"] == 1e-4
 
 
 def test_curvature_estimates_the_exact_norm_and_trace() -> None:
@@ -299,62 +342,3 @@ def test_curvature_estimates_the_exact_norm_and_trace() -> None:
         assert 0 < stderr < abs(float(exact))
         assert abs(estimate - float(exact)) < 5 * stderr
     assert curvature(lin, 1, seed=5)["hessian_fro2_stderr"] is None
-
-
-# configuration and report
-
-
-def test_every_option_is_documented() -> None:
-    assert set(field_docs(hessian_norm.Config)) == {f.name for f in fields(hessian_norm.Config)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"learning_rates": ()}, "learning_rates must be positive"),
-        ({"learning_rates": (0.1, -0.1)}, "learning_rates must be positive"),
-        ({"rho_min": 1.0}, "rho_min and rho_max"),
-        ({"trials": 2}, "trials must cover the 7"),
-        ({"seeds": (1, 1)}, "seeds must be different"),
-        ({"tune_seeds": ()}, "tune_seeds must be different"),
-    ],
-)
-def test_a_wrong_configuration_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(hessian_norm.Config(), **change)
-
-
-def test_no_number_of_the_report_is_typed_by_hand() -> None:
-    text = re.sub(r"\{\w+\}", "", hessian_norm_report.TEMPLATE)
-    assert not re.search(r"\d", text)
-    assert not re.search(r"\d", hessian_norm_report.QUESTION.replace("MNIST-1D", ""))
-
-
-def final(arm: str, seed: int, test: float, train: float) -> dict[str, Any]:
-    return {
-        "table": "final", "cell": "", "arm": arm, "seed": seed, "learning_rate": 0.01,
-        "rho": 0.1 * (arm == "penalised"), "diverged": False, "test_loss": test,
-        "train_loss": train, "gap": test - train, "hessian_fro2": 2.0 + seed, "backend": "cpu",
-        "sizes": "40-10", "num_params": 410,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("shift", "start"), [(-0.5, "Yes. "), (0.5, "No, it is worse. "), (0.0, "No evidence. ")]
-)
-def test_the_answer_follows_from_the_interval(shift: float, start: str) -> None:
-    rng = np.random.default_rng(0)
-    finals = []
-    for seed in range(6):
-        base, noise = rng.uniform(1, 2), rng.normal(0, 0.05)
-        finals += [
-            final("baseline", seed, base, 0.9),
-            final("penalised", seed, base + shift + noise, 0.9),
-        ]
-    comparison = {m: hessian_norm_report.compared(finals, m) for m in hessian_norm_report.MEASURES}
-    found = {"comparison": comparison, "level": 0.95}
-    assert hessian_norm_report.answer(found).startswith(start)
-    assert "6 paired seeds, 95 % interval" in hessian_norm_report.answer(found)
-    assert ("covers zero" in hessian_norm_report.answer(found)) == (shift == 0)
-    assert "shows no evidence" in hessian_norm_report.reading(comparison)

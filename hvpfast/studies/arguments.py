@@ -58,6 +58,9 @@ def add_config_arguments(group: argparse._ActionsContainer, default: Any) -> Non
 def words(value: Any) -> str:
     """Return a value as it would be typed on the command line."""
     if isinstance(value, tuple):
+        whole = len(value) > 2 and all(type(v) is int for v in value)
+        if whole and value == tuple(range(value[0], value[-1] + 1)):
+            return f"{value[0]}-{value[-1]}"
         return " ".join(map(words, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 

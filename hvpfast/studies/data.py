@@ -1,4 +1,7 @@
-"""The studies' data sets, by name, never substituted. MNIST-1D is generated, not downloaded."""
+"""Splits, random streams, and MNIST-1D, which is generated and not downloaded.
+
+Further data sets are in ``datasets.py``. Data are named, never substituted.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,108 @@ class Data:
     test: Split
     check: str
     """How the data was compared with what was published; see `verify`."""
+    name: str = "mnist1d"
+    num_classes: int = NUM_CLASSES
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set as it is stored: inputs x (N, D), labels y (N,) int64, and the same to test."""
+
+    name: str
+    x: npt.NDArray[Any]
+    y: npt.NDArray[np.int64]
+    x_test: npt.NDArray[Any]
+    y_test: npt.NDArray[np.int64]
+    num_classes: int
+    check: str
+    """How the data was compared with what was published."""
+    scale: float = 1.0
+    """Inputs are divided by this: 255 for bytes."""
+
+
+def three_way(
+    arrays: Arrays,
+    val_fraction: float,
+    root_seed: int,
+    dtype: torch.dtype,
+    *,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    standardise: str | tuple[float, float] = "none",
+) -> Data:
+    """Return train, validation and test splits of a data set.
+
+    Args:
+        arrays: the data set.
+        val_fraction: part of the train samples that is kept for validation; 0 for protocols that
+            have no such split: validation is then the test split.
+        root_seed: the samples are drawn by its stream "split".
+        dtype: of the inputs.
+        num_train: train and validation samples together; None for all.
+        num_test: test samples; None for all.
+        standardise: ``"none"``; ``"features"``, every input by its mean and standard deviation over
+            the train split; or (mean, standard deviation) for all inputs.
+
+    Raises:
+        StudyError: more samples are asked for than there are, or a split would be empty.
+    """
+    random = generator(root_seed, "split")
+    pool = drawn(len(arrays.y), num_train, random, f"{arrays.name}: train samples")
+    kept = drawn(len(arrays.y_test), num_test, random, f"{arrays.name}: test samples").sort().values
+    num_val = round(val_fraction * len(pool))
+    if not 0 <= val_fraction < 1 or (val_fraction > 0) != (num_val > 0) or num_val == len(pool):
+        raise StudyError(
+            f"{val_fraction} of {len(pool)} samples cannot be kept for validation: both splits "
+            "need samples. Change the fraction or the number of samples"
+        )
+    val, train = pool[:num_val].sort().values, pool[num_val:].sort().values
+    splits = [
+        Split(inputs(arrays.x, index, arrays.scale, dtype), labels(arrays.y, index))
+        for index in (train, val)
+    ]
+    test = Split(inputs(arrays.x_test, kept, arrays.scale, dtype), labels(arrays.y_test, kept))
+    if standardise != "none":
+        mean, std = centre_and_scale(splits[0].x, standardise)
+        for split in (*splits, test):
+            split.x.sub_(mean).div_(std)
+    return Data(
+        splits[0],
+        splits[1] if num_val else test,
+        test,
+        arrays.check,
+        arrays.name,
+        arrays.num_classes,
+    )
+
+
+def drawn(num: int, wanted: int | None, random: torch.Generator, what: str) -> torch.Tensor:
+    """Return the indices of `wanted` of `num` samples, in random order."""
+    if wanted is not None and not 0 < wanted <= num:
+        raise StudyError(f"{what}: {wanted} asked for, there are {num}")
+    return torch.randperm(num, generator=random)[:wanted]
+
+
+def inputs(
+    x: npt.NDArray[Any], index: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the chosen rows of x as floating-point numbers, divided by the scale."""
+    return torch.as_tensor(x[index.numpy()]).to(dtype).div_(scale)
+
+
+def labels(y: npt.NDArray[np.int64], index: torch.Tensor) -> torch.Tensor:
+    """Return the chosen labels."""
+    return torch.as_tensor(y[index.numpy()])
+
+
+def centre_and_scale(x: torch.Tensor, how: str | tuple[float, float]) -> tuple[Any, Any]:
+    """Return what is subtracted from the inputs, and by what they are then divided."""
+    if isinstance(how, tuple):
+        return how
+    if how != "features":
+        raise ValueError(f'standardise must be "none", "features" or (mean, std); got {how!r}')
+    std = x.std(0, correction=0)
+    return x.mean(0), torch.where(std > 0, std, torch.ones_like(std))
 
 
 @dataclass(frozen=True)
@@ -165,12 +270,16 @@ def preserving_global_generators(work: Callable[[], dict[str, Any]]) -> dict[str
 
 
 def mnist1d(num_samples: int, val_fraction: float, root_seed: int, dtype: torch.dtype) -> Data:
-    """Return MNIST-1D in three splits; validation samples are drawn from the train part."""
-    _, num_val, _ = split_sizes(num_samples, val_fraction)
+    """Return MNIST-1D in three splits; validation samples are drawn from the train part.
+
+    With a `val_fraction` of 0, for protocols that have no such split, validation is the test split.
+    """
+    num_val = split_sizes(num_samples, val_fraction)[1] if val_fraction else 0
     made = make_mnist1d(num_samples)
     check = verify(*(np.concatenate([made[k], made[f"{k}_test"]]) for k in ("x", "y")))
     x, y, x_test, y_test = (torch.as_tensor(made[k]) for k in ("x", "y", "x_test", "y_test"))
     order = torch.randperm(len(y), generator=generator(root_seed, "split"))
     val, train = order[:num_val].sort().values, order[num_val:].sort().values
     x, x_test = x.to(dtype), x_test.to(dtype)
-    return Data(Split(x[train], y[train]), Split(x[val], y[val]), Split(x_test, y_test), check)
+    test = Split(x_test, y_test)
+    return Data(Split(x[train], y[train]), Split(x[val], y[val]) if num_val else test, test, check)

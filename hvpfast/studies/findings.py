@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hvpfast.studies.folder import Row
-from hvpfast.studies.statistics import paired
+from hvpfast.studies.statistics import MAX_EXACT_PAIRS, holm, paired
 
 LEVEL = 0.95
 """Coverage of every interval in the reports."""
@@ -64,7 +64,7 @@ def compare(base: Sequence[float], other: Sequence[float], ratio: bool = False) 
     found = paired([math.log(b / a) if ratio else b - a for a, b in pairs], LEVEL)
     direction = "lower" if found.mean is not None and found.mean < 0 else "higher"
     result = asdict(found)
-    for name in ("mean", "low", "high") if ratio else ():
+    for name in ("mean", "low", "high", "boot_low", "boot_high") if ratio else ():
         result[name] = None if result[name] is None else math.exp(result[name])
     return {
         **result,
@@ -72,6 +72,19 @@ def compare(base: Sequence[float], other: Sequence[float], ratio: bool = False) 
         "evidence": found.evidence,
         "verdict": direction if found.evidence else "no evidence of a difference",
     }
+
+
+def holm_correct(comparisons: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return `compare` results with ``p_holm`` and ``verdict_holm``, corrected for their number."""
+    corrected = holm([found["p"] for found in comparisons.values()])
+    result = {}
+    for (name, found), p in zip(comparisons.items(), corrected, strict=True):
+        lower = found["mean"] is not None and found["mean"] < float(found["kind"] == "ratio")
+        told = "lower" if lower else "higher"
+        evidence = p is not None and p < 1 - LEVEL
+        verdict = told if evidence else "no evidence of a difference"
+        result[name] = {**found, "p_holm": p, "verdict_holm": verdict}
+    return result
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -99,15 +112,34 @@ def change(value: float | None, kind: str) -> str:
     return f"×{value:.3g}" if kind == "ratio" else f"{value:+.4f}"
 
 
-def interval(found: Mapping[str, Any]) -> str:
-    """Return the interval of a `compare` in brackets."""
-    low, high = (change(found[end], found["kind"]) for end in ("low", "high"))
-    return NONE if found["low"] is None else f"[{low}, {high}]"
+def interval(found: Mapping[str, Any], prefix: str = "") -> str:
+    """Return Student's interval of a `compare` in brackets; with "boot_" the bootstrap's."""
+    low, high = (found[prefix + end] for end in ("low", "high"))
+    kind = found["kind"]
+    return NONE if low is None else f"[{change(low, kind)}, {change(high, kind)}]"
+
+
+def p_value(found: Mapping[str, Any], name: str = "p") -> str:
+    """Return a p value of a `compare`; the smallest that random sign patterns give is a bound."""
+    value = found[name]
+    drawn = found["n"] > MAX_EXACT_PAIRS and value is not None and value <= found["p_resolution"]
+    return "≤ " * drawn + number(value, 2)
 
 
 def count(quantity: int, singular: str, plural: str = "") -> str:
     """Return a number with its noun: 1 seed, 2 seeds."""
     return f"{quantity} {singular if quantity == 1 else plural or singular + 's'}"
+
+
+def table_line(*cells: str) -> str:
+    """Return one line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table_head(names: Sequence[str], words: Sequence[str] = ()) -> str:
+    """Return the head of a table: numbers are to the right; the first column and `words` not."""
+    dashes = ["---" if i == 0 or n in words else "---:" for i, n in enumerate(names)]
+    return f"{table_line(*names)}\n{table_line(*dashes)}"
 
 
 def wrap(markdown: str, width: int = 100) -> str:

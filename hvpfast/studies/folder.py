@@ -3,8 +3,10 @@
     config.json        what was asked for; a folder holds one configuration for ever
     env.json           versions and hardware
     cells/KEY.jsonl    the rows of one finished cell, never changed again
-    timings.jsonl      seconds per cell: the only record in which two equal runs differ
+    timings.jsonl      seconds per cell: the only record in which two equal runs differ; rows of
+                       the table "timing" that a cell gives go here and not into the cell
     records.jsonl      every row, in the order of the plan
+    report.md/.html    with the figures beside them; findings.json holds their numbers
 
 A file appears under its name only when it is complete (written beside it, flushed to disk, then
 renamed), so a run killed at any moment leaves finished cells and nothing else.
@@ -24,6 +26,8 @@ Row = dict[str, str | int | float | bool | None]
 """One flat record. A number that is not finite is null: JSON has no other word for it."""
 
 SCRATCH = ".part-"
+LOCK = ".lock"
+"""Empty; by locks on its bytes, processes agree who works on what."""
 
 
 class StudyError(RuntimeError):
@@ -95,7 +99,8 @@ class RunFolder:
         """Raise where the run `wanted` cannot live in this folder; write nothing."""
         stored = self.config()
         if stored is None:
-            strangers = sorted(e.name for e in self.entries() if not e.name.startswith(SCRATCH))
+            ours = (SCRATCH, LOCK)
+            strangers = sorted(e.name for e in self.entries() if not e.name.startswith(ours))
             if strangers:
                 raise StudyError(
                     f"{self.path} is not empty and holds no study (it has {strangers[0]}). "
@@ -115,7 +120,10 @@ class RunFolder:
             )
 
     def claim(self, wanted: Mapping[str, Any]) -> None:
-        """Make the checked folder hold the run; clear what a killed run left half written."""
+        """Make the checked folder hold the run; clear what a killed run left half written.
+
+        To be called by the one process that holds the run.
+        """
         for scratch in [*self.path.glob(f"{SCRATCH}*"), *self.path.glob(f"cells/{SCRATCH}*")]:
             scratch.unlink(missing_ok=True)
         if self.config() is None:
@@ -143,13 +151,23 @@ class RunFolder:
 
     def keep_cell(self, key: str, rows: Iterable[Mapping[str, Any]], seconds: float) -> list[Row]:
         """Store a finished cell and return its rows as a later run will read them."""
-        write_whole(self.cell_path(key), "".join(row_line({"cell": key, **row}) for row in rows))
+        text, times = "", {key: seconds}
+        for row in rows:
+            if row["table"] == "timing":
+                times[f"{key}/{row['what']}"] = row["seconds"]
+            else:
+                text += row_line({"cell": key, **row})
+        lines = [{"cell": name, "seconds": round(time, 6)} for name, time in times.items()]
         with open(self.path / "timings.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"cell": key, "seconds": round(seconds, 6)}) + "\n")
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self.cell_path(key), text)
         return read_rows(self.cell_path(key))
 
     def timings(self) -> dict[str, float]:
-        """Return the seconds of each cell; a line that a kill cut short is passed over."""
+        """Return the seconds of each cell, and of ``CELL/WHAT`` for a cell's rows of timings.
+
+        A line that a kill cut short is passed over.
+        """
         path = self.path / "timings.jsonl"
         found: dict[str, float] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,20 +16,25 @@ if TYPE_CHECKING:
 Curves = Sequence[Sequence[float]]
 """One curve per seed, all of one length."""
 
-COLORS = ("#2f6db3", "#d2691e", "#3f8f5f", "#8a5aa8", "#7a7a7a")
-"""Colours of the arms, in their order; colour-blind readers can tell them apart."""
+COLORS = (
+    "#2f6db3", "#d2691e", "#3f8f5f", "#8a5aa8", "#7a7a7a",
+    "#c2417c", "#1f9e9e", "#a68a1c", "#7b4a2d", "#111111",
+)  # fmt: skip
+"""Colours of the arms, in their order; the first five suit colour-blind readers."""
 INK = "#333333"
 MUTED = "#757575"
 
 
 def new_figure(
-    num_panels: int, width: float = 4.2, height: float = 3.8
+    num_panels: int, width: float = 4.2, height: float = 3.8, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels side by side, plainly framed."""
+    """Return a figure with panels side by side, or in rows of `columns`, plainly framed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * num_panels, height), layout="constrained")
-    axes = [figure.add_subplot(1, num_panels, i + 1) for i in range(num_panels)]
+    columns = columns or num_panels
+    rows = math.ceil(num_panels / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(num_panels)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(MUTED)
@@ -36,6 +42,13 @@ def new_figure(
         ax.grid(axis="y", color="#ececec", linewidth=0.8)
         ax.set_axisbelow(True)
     return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file, the same bytes for the same figure."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def label(ax: Axes, title: str, x: str = "", y: str = "") -> None:
@@ -57,7 +70,7 @@ def caption(figure: Figure, text: str) -> None:
 
 def curves(ax: Axes, arms: Mapping[str, Curves]) -> None:
     """Draw every seed's curve thin and the mean over seeds thick; x is the epoch."""
-    for (arm, seeds), color in zip(arms.items(), COLORS, strict=False):
+    for (arm, seeds), color in zip(arms.items(), arm_colors(arms), strict=True):
         draw_seeds(ax, seeds, color, arm)
 
 
@@ -83,7 +96,7 @@ def paired_dots(ax: Axes, arms: Mapping[str, Sequence[float]]) -> None:
     columns = list(arms.values())
     for pair in zip(*columns, strict=True):
         ax.plot(range(len(pair)), pair, color="#c9c9c9", linewidth=0.9, zorder=1)
-    for x, (values, color) in enumerate(zip(columns, COLORS, strict=False)):
+    for x, (values, color) in enumerate(zip(columns, arm_colors(arms), strict=True)):
         ax.scatter([x] * len(values), values, s=34, color=color, edgecolor="white", zorder=3)
         if len(values):
             mean = float(np.mean(values))
@@ -92,9 +105,68 @@ def paired_dots(ax: Axes, arms: Mapping[str, Sequence[float]]) -> None:
     ax.set_xlim(-0.5, len(columns) - 0.5)
 
 
+def dots(ax: Axes, arms: Mapping[str, Sequence[float]]) -> None:
+    """Draw every seed as a dot, a row per arm from the top, and each arm's mean as a bar."""
+    for y, (values, color) in enumerate(zip(arms.values(), arm_colors(arms), strict=True)):
+        ax.scatter(
+            values, spread_rows(y, len(values)), s=20, color=color, alpha=0.7, lw=0, zorder=3
+        )
+        if len(values):
+            mean = float(np.mean(values))
+            ax.plot([mean, mean], [y - 0.32, y + 0.32], color=color, linewidth=2.4, zorder=4)
+    name_rows(ax, list(arms))
+
+
+def forest(
+    ax: Axes,
+    pairs: Mapping[str, Sequence[float]],
+    found: Mapping[str, Mapping[str, Any]],
+    zero: float = 0.0,
+    colors: Sequence[str] | None = None,
+) -> None:
+    """Draw paired changes, a row per arm: seeds as dots, the mean with its interval over them.
+
+    Args:
+        ax: the panel.
+        pairs: name to the change of each seed.
+        found: name to its `compare` result, of the same kind (difference or ratio).
+        zero: where nothing changes: 0, or 1 for ratios.
+        colors: of the rows; by default those after the first arm's.
+    """
+    ax.axvline(zero, color=INK, linewidth=0.9, zorder=1)
+    for y, (name, color) in enumerate(zip(pairs, colors or arm_colors(pairs, 1), strict=True)):
+        values, result = pairs[name], found[name]
+        ax.scatter(
+            values, spread_rows(y, len(values)), s=16, color=color, alpha=0.45, lw=0, zorder=2
+        )
+        if result["low"] is not None:
+            ends, middle = [result["low"], result["high"]], result["mean"]
+            ax.plot(ends, [y, y], color=INK, linewidth=2.2, zorder=4, solid_capstyle="butt")
+            ax.scatter([middle], [y], s=42, color=color, edgecolor=INK, zorder=5)
+    name_rows(ax, list(pairs))
+
+
+def arm_colors(arms: Mapping[str, Any], first: int = 0) -> list[str]:
+    """Return a colour per arm, from the given one on; they repeat where there are more arms."""
+    return [COLORS[(first + i) % len(COLORS)] for i in range(len(arms))]
+
+
+def spread_rows(y: float, num: int) -> list[float]:
+    """Return heights around y that keep dots apart: the same for the same seed in every row."""
+    return [y + 0.22 * math.sin(2.4 * i) for i in range(num)]
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a panel, from the top."""
+    ax.set_yticks(range(len(names)), list(names))
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#ececec", linewidth=0.8)
+
+
 def trials(ax: Axes, x: Sequence[float], y: Sequence[float], arm: int, name: str) -> None:
     """Draw tuning trials, and ring the chosen one: the first of the lowest."""
-    color = COLORS[arm]
+    color = COLORS[arm % len(COLORS)]
     ax.scatter(x, y, s=28, color=color, marker="osD^"[arm % 4], alpha=0.75, lw=0, label=name)
     if len(y):
         best = int(np.argmin(y))
@@ -103,7 +175,7 @@ def trials(ax: Axes, x: Sequence[float], y: Sequence[float], arm: int, name: str
 
 def level(ax: Axes, value: float, arm: int, name: str) -> None:
     """Draw a horizontal line to compare with."""
-    ax.axhline(value, color=COLORS[arm], linestyle="--", linewidth=1.2, label=name)
+    ax.axhline(value, color=COLORS[arm % len(COLORS)], linestyle="--", linewidth=1.2, label=name)
 
 
 def log_axis(ax: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:

@@ -8,6 +8,8 @@ that asks for each unit of work by
 
 which returns the stored rows where that cell is finished, and otherwise calls ``work()``, stores
 the rows it yields and shows ``describe(rows)``. To resume a run is therefore to run it again.
+``cell.together([(key, work, describe), ...])`` does the same for cells that do not need each other:
+processes share them, each of which runs the whole experiment and takes the cells that are free.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -28,15 +29,24 @@ import torch
 from hvpfast import info
 from hvpfast.studies.data import require
 from hvpfast.studies.folder import Row, RunFolder, StudyError, row_line, write_whole
+from hvpfast.studies.html import page
+from hvpfast.studies.plots import png
 from hvpfast.studies.progress import Cell, Progress
+from hvpfast.studies.sharing import Claims, Helpers, team
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 C = TypeVar("C")
 D = TypeVar("D")
-NUMERIC_PACKAGES = ("python", "hvpfast", "torch", "numpy", "scipy", "optuna", "mnist1d")
+NUMERIC_PACKAGES = (
+    "python", "hvpfast", "torch", "numpy", "scipy", "optuna", "mnist1d", "scikit-learn"
+)  # fmt: skip
 """Packages whose version can change a number."""
+
+
+def no_artefacts(path: Path, records: list[Row]) -> None:
+    """Write nothing: figures and report are all."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Study(Generic[C, D]):
     """Markdown, from the findings and nothing else."""
     headline: Callable[[Mapping[str, Any]], str]
     """The answer in a line or two."""
+    artefacts: Callable[[Path, list[Row]], None] = no_artefacts
+    """Writes into the run folder what is derived from its cells beyond figures and report."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,6 +88,7 @@ def run(
     preset: str = "custom",
     resume: bool = False,
     quiet: bool = False,
+    workers: int = 1,
 ) -> Path:
     """Run a study in the folder `out` and return the path of its report.
 
@@ -86,6 +99,9 @@ def run(
         preset: the name to record for the configuration.
         resume: continue the run in `out`, or redraw a finished one; where there is none, start.
         quiet: no progress bar and no lines.
+        workers: processes that share the cells, this one included; they start when the time left
+            is worth it. A run under torchrun has its ranks instead, and a study with functions of
+            its user's own stays alone. No row depends on them.
 
     Raises:
         StudyError: the folder, the environment or a missing package does not allow the run.
@@ -95,29 +111,50 @@ def run(
     wanted = {"study": study.name, "preset": preset, "config": asked}
     for package in study.packages:
         require(package, f"the study {study.name}")
-    folder = RunFolder(Path(out))
-    folder.check(wanted, resume)
+    folder, ranks = RunFolder(Path(out)), team()
+    if ranks.leads:
+        folder.check(wanted, resume)
     engine, plan = study.engine(config), study.plan(config)
     data = study.load(config)
-    folder.claim(wanted)
-    if not quiet:
-        print("; ".join(f"{k}: {v}" for k, v in engine.items()), file=sys.stderr)
-    progress = Progress(folder, plan, quiet)
+    claims = Claims(folder.path)
+    shared = workers > 1 and ranks.size == 1 and known_by_name(study)
+    helpers = Helpers(folder.path, workers - 1 if shared else 0)
     try:
-        env = keep_environment(folder, engine, pending=bool(progress.pending))
-        with one_torch_thread():
-            study.experiment(config, data, progress)
+        if ranks.leads:
+            claims.take_run()
+            folder.claim(wanted)
+        ranks.wait()
+        quiet = quiet or not ranks.leads
+        if not quiet:
+            print("; ".join(f"{k}: {v}" for k, v in engine.items()), file=sys.stderr)
+        progress = Progress(
+            folder, plan, quiet, claims, helpers=helpers, workers=max(workers, ranks.size)
+        )
+        with contextlib.closing(progress):
+            env = keep_environment(folder, engine, pending=bool(progress.pending))
+            with one_torch_thread():
+                study.experiment(config, data, progress)
+        if not ranks.leads:
+            return folder.path / "report.md"
         records = keep_records(folder, wanted, plan)
         return draw(study, folder, records, env)
     except KeyboardInterrupt:
-        progress.close()
         kept = sum(folder.cell_path(key).exists() for key in plan)
         raise Interrupted(
             f"Interrupted: {kept} of {len(plan)} cells are kept.\n"
             f"Continue with: hvpfast study {study.name} --out {out} --resume"
         ) from None
     finally:
-        progress.close()
+        helpers.stop()
+        claims.close()
+
+
+def known_by_name(study: Study[C, D]) -> bool:
+    """Return whether another process finds the same work under the study's name."""
+    from hvpfast.studies import studies
+
+    found = studies().get(study.name)
+    return found is not None and (found.load, found.experiment) == (study.load, study.experiment)
 
 
 @contextlib.contextmanager
@@ -178,16 +215,25 @@ def keep_records(folder: RunFolder, wanted: Mapping[str, Any], plan: Iterable[st
 
 
 def draw(study: Study[C, D], folder: RunFolder, records: list[Row], env: Mapping[str, Any]) -> Path:
-    """Make the figures, findings.json and report.md; return the path of the report."""
+    """Make artefacts, figures, findings and the report in Markdown and HTML; return the former."""
+    study.artefacts(folder.path, records)
     for name, figure in study.figures(records).items():
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
-        write_whole(folder.path / name, buffer.getvalue())
+        write_whole(folder.path / name, png(figure))
     findings = study.findings(records, folder.timings())
     write_whole(folder.path / "findings.json", json.dumps(findings, indent=2) + "\n")
     path = folder.path / "report.md"
-    write_whole(path, study.report(findings) + environment_section(env))
+    text = study.report(findings) + environment_section(env)
+    write_whole(path, text)
+    write_whole(path.with_suffix(".html"), page(text, lambda name: picture(folder, name)))
     return path
+
+
+def picture(folder: RunFolder, name: str) -> bytes:
+    """Return the bytes of a picture that the report shows."""
+    try:
+        return (folder.path / name).read_bytes()
+    except OSError as error:
+        raise StudyError(f"the report shows {name}, which cannot be read ({error})") from error
 
 
 def environment_section(env: Mapping[str, Any]) -> str:
