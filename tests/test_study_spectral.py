@@ -236,7 +236,9 @@ def test_the_files_belong_together(finished: Path) -> None:
     lines = (folder / f"gradients-0-{lam}.csv").read_text().splitlines()
     assert [line.split(":")[0] for line in lines] == [f"dL/d{name}" for name in problem.spec.names]
     stored = [float(v) for line in lines for v in line.split(": ")[1].split(", ")]
-    assert torch.tensor(stored).allclose(problem.gradient(flat).float(), atol=1e-9)
+    gradient = problem.gradient(flat)
+    rounding = 16 * torch.finfo(torch.float32).eps * float(gradient.abs().max())
+    assert (torch.tensor(stored, dtype=torch.float64) - gradient).abs().max() <= rounding
 
 
 def test_collapsed_networks_of_a_run_agree_with_analysis(finished: Path) -> None:
@@ -283,11 +285,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 def test_records_do_not_depend_on_the_number_of_threads(finished: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
     try:
         spectral.run(SMOKE, tmp_path / "run", quiet=True)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     mine, other = (path / "records.jsonl" for path in (tmp_path / "run", finished))
     assert mine.read_bytes() == other.read_bytes()
 

@@ -59,7 +59,9 @@ def eigsh(
         max_matvecs: budget of products with one vector; what is there when it ends is returned.
             None is ``max(1000, 50 k)``.
         block_size: vectors multiplied at once. 1 takes the fewest products, more make a product
-            cheaper per vector; ``"auto"`` weighs them by counts of operations and bytes.
+            cheaper per vector; ``"auto"`` weighs them by counts of operations and bytes. Of equal
+            or nearly equal eigenvalues a run finds as many as a block has vectors, as every Krylov
+            method does: give a larger block where there may be more, with random columns in V0.
         memory_budget: bytes that the basis may take; ``"auto"`` is half of the free memory.
         compress: row-space compression, exact to rounding, for the Hessian or Gauss-Newton matrix
             of a perceptron whose inputs have a rank below their number of columns, above all with

@@ -347,7 +347,7 @@ def render(result: dict[str, Any]) -> str:
         if row["status"] in ("failed", "wrong"):
             lines.append(f"{name} {row['status']}: {row['reason']}")
             continue
-        std = "exact" if row["exact"] else f"std {100 * row['relative_std']:.0f} %"
+        std = "exact" if row["exact"] else f"std {100 * row['relative_std']:.2g} %"
         note = "" if row["status"] == "timed" else "  (one estimate, not timed further)"
         lines.append(f"{name} {1e6 * row['median_s']:12.1f} us  {std}{note}")
     return "\n".join(lines)
