@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,12 +70,22 @@ class Group:
                 "process_group must be a torch.distributed process group, such as "
                 f"torch.distributed.group.WORLD; got {type(process_group).__name__}"
             )
-        self._group = process_group
+        # torch may end a process in which a destroyed group still has an owner at exit
+        self._reference = weakref.ref(process_group)
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.backend = str(dist.get_backend(process_group))
         on_gpu = "nccl" in self.backend and "gloo" not in self.backend
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
         self._weights = torch.empty(0)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._reference()
+        if group is None:
+            raise RuntimeError(
+                "the process group was destroyed: make operators again with one that exists"
+            )
+        return group
 
     def describe(self) -> str:
         """Which process this is, for people."""
