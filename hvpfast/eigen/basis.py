@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvpfast.eigen.ritz import eigh
+
 __all__ = ["Basis"]
 
 Array = NDArray[np.float64]
@@ -121,10 +123,10 @@ def _factor(block: Tensor, negligible: float) -> tuple[Array, Array]:
         kept = int(norm > negligible)
         return np.full((1, kept), norm), np.full((kept, 1), 1.0 / (norm or 1.0))
     wide = block.double()
-    squares, U = np.linalg.eigh(_array(wide @ wide.T))
+    squares, U = eigh(_array(wide @ wide.T))
     lengths = np.sqrt(np.maximum(squares, 0.0))
-    kept = lengths > negligible
-    return U[:, kept] * lengths[kept], U[:, kept].T / lengths[kept, None]
+    long = lengths > negligible
+    return U[:, long] * lengths[long], U[:, long].T / lengths[long, None]
 
 
 def _array(tensor: Tensor) -> Any:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvpfast.eigen.basis import Basis
-from hvpfast.eigen.ritz import order_of
+from hvpfast.eigen.ritz import eigh, order_of
 from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.products import Products
 
@@ -150,8 +150,9 @@ class Lanczos:
             beside = (H.diagonal(1) + H.diagonal(-1)) / 2
             theta, S = scipy.linalg.eigh_tridiagonal(H.diagonal(), beside)
             return theta, S, np.abs(B[:, -1:]).sum() * np.abs(S[-1])
-        theta, S = np.linalg.eigh((H + H.T) / 2)
-        return theta, S, np.linalg.norm(B @ S, axis=0)
+        theta, S = eigh((H + H.T) / 2)
+        beyond = torch.from_numpy(B) @ torch.from_numpy(S)
+        return theta, S, torch.linalg.vector_norm(beyond, dim=0).numpy()
 
     def residual_rows(self, S: Array) -> Tensor:
         """Rows (B S)' N: residuals of the Ritz vectors S (m, j), as (j, P)."""

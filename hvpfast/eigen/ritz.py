@@ -1,13 +1,24 @@
-"""Ritz pairs of a projected matrix: which are wanted, and in which order."""
+"""Ritz pairs of a projected matrix: how they are solved, which are wanted, in which order."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["WHICH", "order_of", "wanted"]
+__all__ = ["WHICH", "eigh", "order_of", "wanted"]
 
 WHICH = ("LM", "LA", "SA", "BE")
+
+
+def eigh(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues (m,), rising, and eigenvectors (m, m), columns, of a symmetric matrix.
+
+    By torch, whose number of threads the caller has set: NumPy's own threads wait actively for
+    cores that other processes use, which can take a hundred times the work's time.
+    """
+    values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
+    return values.numpy(), vectors.numpy()
 
 
 def order_of(values: NDArray[np.float64], which: str) -> NDArray[np.intp]:
