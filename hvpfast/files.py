@@ -12,21 +12,27 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["npz_bytes", "write_whole"]
+__all__ = ["SCRATCH", "npz_bytes", "write_whole"]
+
+SCRATCH = ".part-"
+"""How the name of a file begins that is being written; one that stays behind can be deleted."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that an archive can hold
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write ``path`` so that it holds its old or its new content, never a part of one.
 
-    The content is written beside it (as ``.part-NAME``), flushed to disk and renamed.
+    The content is written beside it, flushed to disk and renamed; text is encoded as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
     """
-    scratch = path.with_name(f".part-{path.name}")
+    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(scratch, "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

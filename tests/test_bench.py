@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -428,11 +429,36 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.M
     assert stored["interrupted"]
     assert {row["operation"] for row in stored["rows"]} == {"gradient"}
 
+    monkeypatch.setattr(runner, "_cell", honest)
+    resumed = dataclasses.replace(settings, resume=True)
+    finished = runner.run_bench(resumed, io.StringIO())
+    assert finished["rows"][: len(stored["rows"])] == stored["rows"]
+    assert {row["operation"] for row in finished["rows"][len(stored["rows"]) :]} == {"hvp"}
+    assert not finished["interrupted"]
+    assert finished["peak"] == stored["peak"]
+    with pytest.raises(ValueError, match="other settings: rounds was 1, is 2"):
+        runner.run_bench(dataclasses.replace(resumed, rounds=2), io.StringIO())
+
+
+def test_resume_refuses_a_record_of_another_machine(tmp_path: Path) -> None:
+    settings = runner.Settings(
+        quick=True, operations=("gradient",), providers=EAGER, rounds=1, out=tmp_path, resume=True
+    )
+    assert runner.run_bench(settings, io.StringIO())["rows"]  # no record yet: it starts
+    path = tmp_path / "bench.json"
+    stored = json.loads(path.read_text())
+    stored["environment"]["cpu_model"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="other environment: cpu_model was 'another'"):
+        runner.run_bench(settings, io.StringIO())
+    assert json.loads(path.read_text()) == stored
+
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"cases": ("none",)}, "unknown case 'none'"),
+        ({"resume": True}, "name it by out"),
         ({"operations": ("none",)}, "unknown operation 'none'"),
         ({"providers": ("none",)}, "unknown provider 'none'"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),

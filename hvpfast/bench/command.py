@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from hvpfast.bench import record, report, suites
 from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.bench.runner import Settings, run_bench
+from hvpfast.files import write_whole
 
 DESCRIPTION = "Time gradients, curvature products and penalties against other ways to compute them."
 BUDGET_HELP = "of timing per cell; rounds are cut to fit (default: %(default)s)"
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", action="store_true", help="also peak memory, one process per form")
     add("--quick", action="store_true", help="tiny cases in seconds: does everything work?")
     add("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
+    add("--resume", action="store_true", help="go on with the record in the folder of --out")
     add("--show", type=Path, metavar="FILE", help="print and draw an existing bench.json")
     parser.set_defaults(run_suite=None)
     others = parser.add_subparsers(title="other suites, each with options of its own")
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         status: int = arguments.run_suite(arguments)
         return status
     if arguments.show is not None:
-        result = json.loads(arguments.show.read_text(encoding="utf-8"))
+        result = record.read_json(arguments.show)
     else:
         result = run_bench(
             Settings(
@@ -75,12 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
                 quick=arguments.quick,
                 budget=arguments.budget,
                 out=arguments.out,
+                resume=arguments.resume,
             )
         )
     text = report.render(result)
     print(text)
     if arguments.out is not None:
-        record.write_text(arguments.out / "bench.txt", text + "\n")
+        write_whole(arguments.out / "bench.txt", text + "\n")
         try:
             report.draw(result, arguments.out / "bench.png")
         except RuntimeError as error:

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import hvpfast
+from hvpfast.files import write_whole
 
 PACKAGES = ("hvpfast", "torch", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
 VARIABLES = (
@@ -111,24 +112,24 @@ def _commit() -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """``content`` as JSON by :func:`write_text`; NaN and infinity are refused."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """``content`` as JSON by :func:`hvpfast.files.write_whole`; NaN and infinity are refused."""
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that holds either its old or its new content, never a part of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a record."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def check_same(path: Path, what: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError where a stored part of a record and the present one differ but in date."""
+    for name in sorted({*stored, *now} - {"date"}):
+        if stored.get(name) != now.get(name):
+            raise ValueError(
+                f"{path} was begun with other {what}: {name} was {stored.get(name)!r}, is "
+                f"{now.get(name)!r}. Go on there, or choose another folder"
+            )
 
 
 def command_line() -> str:

@@ -39,6 +39,7 @@ class Settings:
         memory: also measure peak memory, one process per form.
         quick: the tiny cases, few rounds, no torch.compile: a check that everything works.
         out: folder for record and figure, or None.
+        resume: go on with the record in ``out``, where there is one, after its last whole cell.
     """
 
     cases: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class Settings:
     quick: bool = False
     budget: float = 60.0
     out: Path | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         """Refuse unknown names and numbers out of range."""
@@ -66,6 +68,8 @@ class Settings:
                     raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(allowed)}")
         if self.rounds < 1 or self.threads < 1:
             raise ValueError(f"rounds and threads must be >= 1; got {self.rounds}, {self.threads}")
+        if self.resume and self.out is None:
+            raise ValueError("resume goes on with the record of a folder; name it by out")
 
     def chosen_cases(self) -> list[Case]:
         """The cases to run, in order."""
@@ -127,35 +131,56 @@ def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
     progress = Progress(len(cells), stream)
     with _threads(settings.threads):
         providers, skipped = _usable(settings)
-        result: dict[str, Any] = {
-            "environment": record.environment(),
-            "command": record.command_line(),
-            "settings": {
-                "rounds": settings.rounds,
-                "threads": settings.threads,
-                "dtype": settings.dtype,
-                "quick": settings.quick,
-                "budget_s": settings.budget,
-            },
-            "peak": _limits(settings),
-            "skipped": skipped,
-            "rows": [],
-            "interrupted": False,
-        }
+        result = _begun(settings, skipped)
+        done = {(row["case"], row["num_tangents"], row["operation"]) for row in result["rows"]}
+        earlier = result["seconds"]
         try:
             for case, K, operation in cells:
                 progress.start(f"{case.name} K={K} {operation}")
+                if (case.name, K, operation) in done:
+                    continue
                 result["rows"] += _cell(case, K, operation, providers, settings, result, progress)
-                _save(result, settings, started)
+                _save(result, settings, earlier + time.perf_counter() - started)
         except KeyboardInterrupt:
             result["interrupted"] = True
         progress.close()
-        _save(result, settings, started)
+        _save(result, settings, earlier + time.perf_counter() - started)
     return result
 
 
-def _save(result: dict[str, Any], settings: Settings, started: float) -> None:
-    result["seconds"] = round(time.perf_counter() - started, 1)
+def _begun(settings: Settings, skipped: dict[str, str]) -> dict[str, Any]:
+    """An empty record, or with ``settings.resume`` the one in the folder.
+
+    Raises:
+        ValueError: that record is of other settings, versions or hardware.
+    """
+    result: dict[str, Any] = {
+        "environment": record.environment(),
+        "command": record.command_line(),
+        "settings": {
+            "rounds": settings.rounds,
+            "threads": settings.threads,
+            "dtype": settings.dtype,
+            "quick": settings.quick,
+            "memory": settings.memory,
+            "budget_s": settings.budget,
+        },
+        "skipped": skipped,
+        "interrupted": False,
+        "seconds": 0.0,
+    }
+    path = settings.out / "bench.json" if settings.resume and settings.out else None
+    if path is None or not path.exists():
+        return {**result, "peak": _limits(settings), "rows": []}
+    stored = record.read_json(path)
+    record.check_same(path, "settings", stored["settings"], result["settings"])
+    record.check_same(path, "skipped providers", stored["skipped"], skipped)
+    record.check_same(path, "environment", stored["environment"], result["environment"])
+    return {**stored, "interrupted": False}
+
+
+def _save(result: dict[str, Any], settings: Settings, seconds: float) -> None:
+    result["seconds"] = round(seconds, 1)
     if settings.out is not None:
         record.write_json(settings.out / "bench.json", result)
 

@@ -17,15 +17,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hvpfast import files
+from hvpfast.files import SCRATCH
+
 Row = dict[str, str | int | float | bool | None]
 """One flat record. A number that is not finite is null: JSON has no other word for it."""
 
-SCRATCH = ".part-"
 LOCK = ".lock"
 """Empty; by locks on its bytes, processes agree who works on what."""
 
@@ -35,18 +36,13 @@ class StudyError(RuntimeError):
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write `path` so that it is either as it was before, or complete."""
-    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")
+    """Write `path` as :func:`hvpfast.files.write_whole` does.
+
+    Raises:
+        StudyError: it cannot be written.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(scratch, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        files.write_whole(path, content)
     except OSError as error:
         raise StudyError(
             f"cannot write {path}: {error.strerror or error}. "

@@ -28,10 +28,11 @@ import torch
 
 import hvpfast as hf
 from hvpfast import backends
+from hvpfast.files import SCRATCH
 from hvpfast.studies import spectral_data, spectral_files, spectral_measures, spectral_training
 from hvpfast.studies.data import Data
 from hvpfast.studies.findings import table
-from hvpfast.studies.folder import SCRATCH, Row, StudyError
+from hvpfast.studies.folder import Row, StudyError
 from hvpfast.studies.progress import Cell, Task
 from hvpfast.studies.run import Study
 from hvpfast.studies.run import run as run_study
@@ -356,24 +357,4 @@ STUDY: Study[Config, Data] = Study(
     artefacts=artefacts,
 )
 
-
-def run(
-    config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False, workers: int = 1
-) -> Path:
-    """Run the study in the folder `out` and return the path of report.md.
-
-    Args:
-        config: the configuration; see `Config` and `PRESETS`.
-        out: the run folder.
-        resume: continue the run in `out`, or redraw a finished one; where there is none, start.
-        quiet: no progress bar and no lines.
-        workers: processes that share the cells.
-
-    Raises:
-        StudyError: the folder, the environment or the data do not allow the run.
-    """
-    named = [name for name, preset in PRESETS.items() if preset == config]
-    preset = named[0] if named else "custom"
-    return run_study(
-        STUDY, config, Path(out), preset=preset, resume=resume, quiet=quiet, workers=workers
-    )
+run = partial(run_study, STUDY)

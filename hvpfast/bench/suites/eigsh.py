@@ -27,6 +27,7 @@ from hvpfast.bench import record, timing
 from hvpfast.bench.eigen_solvers import LOSS, SEED, TOL, Found, least_products, ours, solvers
 from hvpfast.bench.trained import Trained, digits, mnist1d, shifted_digits, synthetic, train
 from hvpfast.eigen import EigenResult, eigsh
+from hvpfast.files import write_whole
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -252,7 +253,7 @@ def run(arguments: argparse.Namespace) -> int:
         text = [render_row(row) for row in result["rows"]]
         text += [render_sweep(found) for found in result["sweeps"]]
         record.write_json(arguments.out / "bench.json", result)
-        record.write_text(arguments.out / "bench.txt", "\n".join(text))
+        write_whole(arguments.out / "bench.txt", "\n".join(text))
     return int(any(row["wrong"] for row in result["rows"]))
 
 
