@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +53,6 @@ def label(ax: Axes, title: str, x: str = "", y: str = "") -> None:
     ax.set_ylabel(y, fontsize=9, color=INK)
 
 
-def caption(figure: Figure, lines: Sequence[str]) -> None:
+def caption(figure: Figure, text: str) -> None:
     """Write small print under the panels."""
-    figure.supxlabel("\n".join(lines), fontsize=8, color=MUTED, x=0.01, ha="left")
+    figure.supxlabel(text, fontsize=8.5, color=MUTED, x=0.01, ha="left")

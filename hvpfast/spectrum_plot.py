@@ -61,11 +61,11 @@ def draw_density(
     ax.legend(frameon=False, fontsize=8.5, labelcolor=figures.INK)
     figures.caption(
         figure,
-        [
+        (
             f"{spectrum.num_steps} Lanczos steps, {spectrum.num_probes} {spectrum.distribution} "
             f"probes (seed {spectrum.seed}), {spectrum.num_matvecs} products, P = {spectrum.size}; "
             f"Gaussian kernel of width {curve.kernel_width:.3g}"
-        ],
+        ),
     )
     return figure  # type: ignore[no-any-return]
 

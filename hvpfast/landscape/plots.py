@@ -280,7 +280,7 @@ def _captions(figure: Figure, named: Mapping[str, Surface], notes: Sequence[str]
             lines.append(
                 f"{name}: the loss overflows at {count} of {surface.losses.numel()} points (marked)"
             )
-    figures.caption(figure, [_wrapped(line, figure.get_figwidth()) for line in lines])
+    figures.caption(figure, "\n".join(_wrapped(line, figure.get_figwidth()) for line in lines))
 
 
 def _wrapped(text: str, width: float) -> str:

@@ -1,4 +1,4 @@
-"""Panels that figures are made of. matplotlib is imported late, and pyplot never."""
+"""Panels that the figures of studies are made of, in the style of ``hvpfast.figures``."""
 
 from __future__ import annotations
 
@@ -9,38 +9,54 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hvpfast import figures
+from hvpfast.figures import INK, MUTED, caption, label
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = [
+    "COLORS",
+    "INK",
+    "MUTED",
+    "Curves",
+    "arm_colors",
+    "caption",
+    "curves",
+    "differences",
+    "dots",
+    "draw_seeds",
+    "forest",
+    "label",
+    "legend",
+    "level",
+    "log_axis",
+    "name_rows",
+    "new_figure",
+    "paired_dots",
+    "png",
+    "spread_rows",
+    "trials",
+]
+
 Curves = Sequence[Sequence[float]]
 """One curve per seed, all of one length."""
 
-COLORS = (
-    "#2f6db3", "#d2691e", "#3f8f5f", "#8a5aa8", "#7a7a7a",
-    "#c2417c", "#1f9e9e", "#a68a1c", "#7b4a2d", "#111111",
-)  # fmt: skip
+COLORS = (*figures.COLORS, "#c2417c", "#1f9e9e", "#a68a1c", "#7b4a2d", "#111111")
 """Colours of the arms, in their order; the first five suit colour-blind readers."""
-INK = "#333333"
-MUTED = "#757575"
 
 
 def new_figure(
     num_panels: int, width: float = 4.2, height: float = 3.8, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with panels side by side, or in rows of `columns`, plainly framed."""
-    from matplotlib.figure import Figure
-
     columns = columns or num_panels
     rows = math.ceil(num_panels / columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = figures.new_figure(width * columns, height * rows)
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(num_panels)]
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(MUTED)
-        ax.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=9)
-        ax.grid(axis="y", color="#ececec", linewidth=0.8)
-        ax.set_axisbelow(True)
+        figures.frame(ax)
     return figure, axes
 
 
@@ -51,21 +67,9 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def label(ax: Axes, title: str, x: str = "", y: str = "") -> None:
-    """Title a panel at its left and name its axes."""
-    ax.set_title(title, loc="left", fontsize=10, color=INK)
-    ax.set_xlabel(x, fontsize=9, color=INK)
-    ax.set_ylabel(y, fontsize=9, color=INK)
-
-
 def legend(ax: Axes) -> None:
     """Name what is drawn, in its colours."""
     ax.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=1.4)
-
-
-def caption(figure: Figure, text: str) -> None:
-    """Write a line of small print under the panels."""
-    figure.supxlabel(text, fontsize=8.5, color=MUTED, x=0.01, ha="left")
 
 
 def curves(ax: Axes, arms: Mapping[str, Curves]) -> None:
