@@ -349,7 +349,8 @@ def run(
         StudyError: the folder, the environment or the data do not allow the run.
     """
     own = Custom(data, model, dict(metrics or {}))
-    return run_study(study(own), config, Path(out), resume=resume, quiet=quiet)
+    preset = None if own == Custom() else "custom"
+    return run_study(study(own), config, out, preset=preset, resume=resume, quiet=quiet)
 
 
 STUDY = study()

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -354,23 +353,4 @@ STUDY: Study[Config, Data] = Study(
     headline=lambda found: reporter(found["protocol"]).headline(found),
 )
 
-
-def run(
-    config: Config, out: str | Path, *, resume: bool = False, quiet: bool = False, workers: int = 1
-) -> Path:
-    """Run the study in the folder `out` and return the path of report.md.
-
-    Args:
-        config: the configuration; see `Config` and `PRESETS`.
-        out: the run folder.
-        resume: continue the run in `out`, or redraw a finished one; where there is none, start.
-        quiet: no progress bar and no lines.
-        workers: processes that share the cells.
-
-    Raises:
-        StudyError: the folder, the environment or a missing package does not allow the run.
-    """
-    preset = next((name for name, known in PRESETS.items() if known == config), "custom")
-    return run_study(
-        STUDY, config, Path(out), preset=preset, resume=resume, quiet=quiet, workers=workers
-    )
+run = partial(run_study, STUDY)

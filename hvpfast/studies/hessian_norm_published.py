@@ -40,7 +40,7 @@ from hvpfast.studies.findings import (
     wrap,
 )
 from hvpfast.studies.folder import Row
-from hvpfast.studies.hessian_norm_report import CLAIMED, QUESTION
+from hvpfast.studies.hessian_norm_report import CLAIMED, QUESTION, answered
 from hvpfast.studies.hessian_norm_training import Setting, Shape, train
 from hvpfast.studies.progress import Cell, Task
 
@@ -173,9 +173,7 @@ def answer(found: Mapping[str, Any]) -> str:
         f"final loss differs by {change(pair['mean'], pair['kind'])} "
         f"({percent(found['level'])} interval {interval(pair)})"
     )
-    if not pair["evidence"]:
-        return f"No evidence. {told}; the interval covers zero."
-    return f"{'Yes' if pair['verdict'] == 'lower' else 'No, it is worse'}. {told}."
+    return answered(pair, told)
 
 
 def headline(found: Mapping[str, Any]) -> str:

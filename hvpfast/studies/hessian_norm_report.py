@@ -240,9 +240,14 @@ def answer(found: Mapping[str, Any]) -> str:
         f"(mean of {count(primary['n'], 'paired seed')}, {percent(found['level'])} interval "
         f"{interval(primary)})"
     )
-    if not primary["evidence"]:
+    return answered(primary, told)
+
+
+def answered(pair: Mapping[str, Any], told: str) -> str:
+    """Return what a comparison of losses says of the question, `told` in words."""
+    if not pair["evidence"]:
         return f"No evidence. {told}; the interval covers zero."
-    return f"{'Yes' if primary['verdict'] == 'lower' else 'No, it is worse'}. {told}."
+    return f"{'Yes' if pair['verdict'] == 'lower' else 'No, it is worse'}. {told}."
 
 
 def headline(found: Mapping[str, Any]) -> str:

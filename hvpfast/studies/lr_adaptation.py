@@ -45,6 +45,7 @@ from hvpfast.studies.lr_adaptation_report import headline, sound_report
 from hvpfast.studies.lr_adaptation_training import Stream, Trained, spec, time_steps, train
 from hvpfast.studies.progress import Cell, Task
 from hvpfast.studies.run import Study
+from hvpfast.studies.run import run as run_study
 from hvpfast.studies.training import constant_prediction, linear_prediction, score
 from hvpfast.studies.tuning import Point, minimise
 
@@ -382,3 +383,5 @@ STUDY = Study(
     report=report,
     headline=headline,
 )
+
+run = partial(run_study, STUDY)

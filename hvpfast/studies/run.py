@@ -83,9 +83,9 @@ class Interrupted(KeyboardInterrupt):
 def run(
     study: Study[C, D],
     config: C,
-    out: Path,
+    out: str | Path,
     *,
-    preset: str = "custom",
+    preset: str | None = None,
     resume: bool = False,
     quiet: bool = False,
     workers: int = 1,
@@ -96,7 +96,8 @@ def run(
         study: the record of functions.
         config: its configuration, an instance of the study's dataclass.
         out: the run folder: new, empty, or (with `resume`) one with a run of this configuration.
-        preset: the name to record for the configuration.
+        preset: the name to record for the configuration; by default that of the preset equal to
+            it, else "custom".
         resume: continue the run in `out`, or redraw a finished one; where there is none, start.
         quiet: no progress bar and no lines.
         workers: processes that share the cells, this one included; they start when the time left
@@ -107,6 +108,9 @@ def run(
         StudyError: the folder, the environment or a missing package does not allow the run.
         Interrupted: Ctrl-C; what is finished is kept.
     """
+    if preset is None:
+        named = [name for name, known in study.presets.items() if known == config]
+        preset = named[0] if named else "custom"
     asked = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
     wanted = {"study": study.name, "preset": preset, "config": asked}
     for package in study.packages:
