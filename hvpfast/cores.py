@@ -66,7 +66,7 @@ class Cores:
         if points.group is not None:
             raise NotImplementedError("per-sample cores are not shared between processes")
         self._points, self._subset, self._ggn = points, subset, ggn
-        self._spec: MLPSpec = problem._spec
+        self._spec: MLPSpec = problem.spec
         ends = list(itertools.accumulate(self._spec.numels, initial=0))
         self._chosen = [subset.holds(a, b) for a, b in itertools.pairwise(ends)]
 

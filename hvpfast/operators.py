@@ -42,8 +42,15 @@ __all__ = ["GGNOperator", "HessianOperator"]
 _LARGE = 2**26  # bytes of a product from which free memory is looked at first
 
 
-class _CurvatureOperator(LinearOperator):
-    """What the Hessian and the Gauss-Newton operator share; they differ in one flag."""
+class CurvatureOperator(LinearOperator):
+    """What the Hessian and the Gauss-Newton operator share; they differ in one flag.
+
+    Attributes:
+        model: the module.
+        points: the linearizations of all batches.
+        entries: the chosen parameters.
+        subset: how rows over all parameters become rows over the chosen ones.
+    """
 
     _ggn: ClassVar[bool]
 
@@ -94,10 +101,10 @@ class _CurvatureOperator(LinearOperator):
     ) -> None:
         layout = Layout(tuple(e.name for e in entries), tuple(e.shape for e in entries))
         super().__init__(sum(layout.numels), points.problem.dtype, points.problem.device, layout)
-        self._model, self._points, self._entries = model, points, entries
+        self.model, self.points, self.entries = model, points, entries
         self._chunk_size = chunk_size
         self._names = layout.names
-        self._subset = Subset(entries, points.problem.tensors)
+        self.subset = Subset(entries, points.problem.tensors)
         width = sum(t.numel() for t in points.problem.tensors)
         # one tangent's memory, estimated: itself and its product, both whole, twice; layer values
         self._row_bytes = 4 * width * self._dtype.itemsize + points.largest
@@ -107,7 +114,7 @@ class _CurvatureOperator(LinearOperator):
     @property
     def backend(self) -> str:
         """Name of the backend that runs."""
-        return self._points.problem.backend
+        return self.points.problem.backend
 
     @property
     def num_params(self) -> int:
@@ -127,23 +134,23 @@ class _CurvatureOperator(LinearOperator):
     @property
     def loss(self) -> Tensor:
         """The loss L over all data, 0-dim."""
-        self._points.check_current()
-        return self._points.loss.clone()
+        self.points.check_current()
+        return self.points.loss.clone()
 
     def gradient(self) -> Tensor:
         """The gradient dL/dp over all data, (P,)."""
-        return self._subset.restrict(self._points.gradient().unsqueeze(0))[0]
+        return self.subset.restrict(self.points.gradient().unsqueeze(0))[0]
 
     def refresh(self) -> None:
         """Move to the present values of parameters, buffers and data: linearize again.
 
         Blocks made by :meth:`blocks` on a backend for MLPs move with their operator.
         """
-        self._points.update()
+        self.points.update()
 
     def blocks(
         self, groups: Iterable[str | Iterable[str]] | None = None
-    ) -> Iterator[_CurvatureOperator]:
+    ) -> Iterator[CurvatureOperator]:
         """Operators of the diagonal blocks: principal submatrices for groups of parameters.
 
         Args:
@@ -157,10 +164,10 @@ class _CurvatureOperator(LinearOperator):
         Raises:
             ValueError: a pattern matches no parameter of this operator.
         """
-        self._points.check_current()
-        entries, parts = self._entries, list[list[Entry]]()
-        if isinstance(self._model, MLP) and entries[0].shape == self._model.flat.shape:
-            entries = layers_of(self._model)  # the flat tensor of an MLP has layers inside
+        self.points.check_current()
+        entries, parts = self.entries, list[list[Entry]]()
+        if isinstance(self.model, MLP) and entries[0].shape == self.model.flat.shape:
+            entries = layers_of(self.model)  # the flat tensor of an MLP has layers inside
         if groups is None:
             layers: dict[str, list[Entry]] = {}
             for entry in entries:
@@ -171,9 +178,9 @@ class _CurvatureOperator(LinearOperator):
         for part in parts:
             yield self._block(part)
 
-    def _block(self, entries: list[Entry]) -> _CurvatureOperator:
+    def _block(self, entries: list[Entry]) -> CurvatureOperator:
         block = type(self).__new__(type(self))
-        block._setup(self._model, self._points.narrowed(entries), entries, self._chunk_size)
+        block._setup(self.model, self.points.narrowed(entries), entries, self._chunk_size)
         block._determinism = self._determinism
         return block
 
@@ -184,11 +191,11 @@ class _CurvatureOperator(LinearOperator):
         if self._chunk_size == "auto":
             chunk = f"auto, up to {self._chunk()} tangents at a time"
         lines = [
-            f"{kind} of {type(self._model).__name__}, P = {self._size}, {self._dtype} on "
+            f"{kind} of {type(self.model).__name__}, P = {self._size}, {self._dtype} on "
             f"{self._device}",
-            self._points.problem.text,
+            self.points.problem.text,
             f"parameters: {', '.join(self._names[:8])}" + (", ..." if len(self._names) > 8 else ""),
-            *self._points.describe(),
+            *self.points.describe(),
             f"chunk_size: {chunk}",
             f"determinism: {self._determinism}",
         ]
@@ -203,11 +210,11 @@ class _CurvatureOperator(LinearOperator):
             NotImplementedError: the operator is not that of a perceptron, or its data are spread
                 over processes; the message is the reason.
         """
-        return Cores(self._points, self._subset, self._ggn)
+        return Cores(self.points, self.subset, self._ggn)
 
     def quadratic_form(self, tangents: Tensor) -> Tensor:
         """``v' A v`` without forming ``A v``: 0-dim for (P,), (K,) for columns (P, K)."""
-        rows, group = self._rows(tangents, 0), self._points.group
+        rows, group = self._rows(tangents, 0), self.points.group
         if group is None:
             out = self._own_quadratic(rows)
         else:
@@ -222,7 +229,7 @@ class _CurvatureOperator(LinearOperator):
         return out
 
     def _apply(self, rows: Tensor) -> Tensor:
-        group = self._points.group
+        group = self.points.group
         if group is None:
             return self._own_product(rows)
         part = functools.partial(self._own_product, rows)
@@ -230,7 +237,7 @@ class _CurvatureOperator(LinearOperator):
 
     def _own_product(self, rows: Tensor) -> Tensor:
         """``A v_k`` (K, P) with this process's data."""
-        points, subset, count = self._points, self._subset, rows.shape[0]
+        points, subset, count = self.points, self.subset, rows.shape[0]
         size = count * self._size * rows.element_size()
         if size > _LARGE:
             self._check_room(count, size)
@@ -250,13 +257,13 @@ class _CurvatureOperator(LinearOperator):
         self, rows: Tensor, out: Tensor, product: Callable[[State, Tensor], Tensor]
     ) -> None:
         """``out[k] += sum_b c_b product(state of batch b, row k)``, in chunks of the K rows."""
-        points, chunk, count = self._points, self._chunk(), rows.shape[0]
+        points, chunk, count = self.points, self._chunk(), rows.shape[0]
         points.check_current()
         try:
             with points.running():
                 for coefficient, state in points.states("product") if count else ():
                     for start in range(0, count, chunk):
-                        part = self._subset.embed(rows[start : start + chunk])
+                        part = self.subset.embed(rows[start : start + chunk])
                         value = product(state, part)
                         out[start : start + chunk].add_(value, alpha=coefficient)
         except (MemoryError, RuntimeError) as error:
@@ -264,7 +271,7 @@ class _CurvatureOperator(LinearOperator):
             raise
 
     def _agreed(self, number: int) -> int:
-        group = self._points.group
+        group = self.points.group
         return number if group is None else group.least(number)
 
     def _explain_memory(self, error: Exception, count: int) -> None:
@@ -281,7 +288,7 @@ class _CurvatureOperator(LinearOperator):
         """Tangents that are multiplied at once."""
         if isinstance(self._chunk_size, int):
             return self._chunk_size
-        return max(1, int(WORK_SHARE * self._points.free) // self._row_bytes)
+        return max(1, int(WORK_SHARE * self.points.free) // self._row_bytes)
 
     def _check_room(self, count: int, size: int) -> None:
         """Raise MemoryError where the K products cannot be held."""
@@ -307,7 +314,7 @@ def _check_options(model: Any, chunk_size: Any, check_deterministic: Any, dtype:
         raise ValueError(f"dtype must be a floating-point type or None; got {dtype}")
 
 
-class HessianOperator(_CurvatureOperator):
+class HessianOperator(CurvatureOperator):
     """The Hessian of a loss over a data set, as a linear operator (P, P).
 
     ``H @ v`` takes (P,), columns (P, K), or a list or dict of tensors shaped like the parameters;
@@ -362,7 +369,7 @@ class HessianOperator(_CurvatureOperator):
     _ggn = False
 
 
-class GGNOperator(_CurvatureOperator):
+class GGNOperator(CurvatureOperator):
     """The generalised Gauss-Newton matrix of a loss over a data set, (P, P), semi-definite.
 
     ``sum_n J_n' (d2 loss_n / dz2) J_n`` with the Jacobian J_n of the outputs: the Hessian of the

@@ -53,7 +53,7 @@ class MLPProblem:
     ) -> None:
         own = params_of(model)
         self._own, self._flat = ([own], True) if isinstance(own, Tensor) else (own, False)
-        self._spec, self._backend = spec, backend
+        self.spec, self._backend = spec, backend
         self.tensors: Sequence[Tensor] = self._own
         self.dtype = dtype or self._own[0].dtype
         self.device = self._own[0].device
@@ -69,7 +69,7 @@ class MLPProblem:
         """The state of one batch."""
         params = self._params[0] if self._flat else self._params
         lin = functional.linearize(
-            self._spec, params, batch.x, batch.y, backend=self._backend, order=2
+            self.spec, params, batch.x, batch.y, backend=self._backend, order=2
         )
         if not self.text:
             self.backend, self.text = lin.backend, lin.explain()

@@ -139,7 +139,7 @@ def test_intervals_of_the_gauss_newton_matrix(estimator: Any) -> None:
     H, _ = trained()
     model = hf.MLP((8, 10, 4), "tanh")
     with torch.no_grad():
-        model.flat.copy_(H._model.flat)
+        model.flat.copy_(H.model.flat)
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(60, 8, generator=generator)
     y = torch.randint(4, (60,), generator=generator)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvpfast.operators import GGNOperator, HessianOperator, _CurvatureOperator
+from hvpfast.operators import CurvatureOperator, GGNOperator, HessianOperator
 from hvpfast.products import Products
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 Boundaries = tuple[float | None, float | None]
 
 
-class _CurvlinopsOperator(_CurvatureOperator):
+class _CurvlinopsOperator(CurvatureOperator):
     """curvlinops' order of arguments."""
 
     SELF_ADJOINT = True

@@ -87,7 +87,7 @@ class _Applied(nn.Module):
         return self.function(self.model, batch)
 
 
-class _Named(operators._CurvatureOperator):
+class _Named(operators.CurvatureOperator):
     """``size`` and ``matvec`` as there."""
 
     @property

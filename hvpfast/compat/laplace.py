@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvpfast.operators import GGNOperator, HessianOperator, _CurvatureOperator
+from hvpfast.operators import CurvatureOperator, GGNOperator, HessianOperator
 
 try:
     from laplace.curvature import CurvatureInterface, GGNInterface
@@ -30,7 +30,7 @@ _COLUMNS = 2**24  # entries of identity columns that are multiplied at once
 class _Backend:
     """``full`` and ``diag`` of one batch; the operator comes from ``_operator``."""
 
-    _kind: type[_CurvatureOperator]
+    _kind: type[CurvatureOperator]
     # given by laplace's interfaces
     model: Any
     lossfunc: Any
@@ -39,7 +39,7 @@ class _Backend:
     params: list[nn.Parameter]
     subnetwork_indices: Tensor | None
 
-    def _operator(self, x: Any, y: Tensor) -> _CurvatureOperator:
+    def _operator(self, x: Any, y: Tensor) -> CurvatureOperator:
         """The curvature of one batch for the parameters that require gradients."""
         model, inputs = self.model, x
         if self.last_layer:
@@ -68,7 +68,7 @@ class _Backend:
         exact: Tensor = diagonal(A, method="exact").estimate
         return self.factor * A.loss, self.factor * exact[self._indices(A)]
 
-    def _indices(self, A: _CurvatureOperator) -> Tensor:
+    def _indices(self, A: CurvatureOperator) -> Tensor:
         if self.subnetwork_indices is None:
             return torch.arange(A.shape[0], device=A.device)
         return self.subnetwork_indices.to(A.device)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvpfast.linear import LinearOperator
 from hvpfast.mlp import MLP
-from hvpfast.operators import _CurvatureOperator
+from hvpfast.operators import CurvatureOperator
 from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.problem import MLPProblem
 from hvpfast.spec import MLPSpec
@@ -93,11 +93,11 @@ def compress(operator: Any) -> CompressedOperator:
         NotCompressibleError: it is not the curvature of a whole perceptron, or its inputs span (or
             may span) all their columns.
     """
-    problem = getattr(getattr(operator, "_points", None), "problem", None)
-    if not isinstance(operator, _CurvatureOperator) or not isinstance(problem, MLPProblem):
+    points = operator.points if isinstance(operator, CurvatureOperator) else None
+    if points is None or not isinstance(points.problem, MLPProblem):
         raise NotCompressibleError("it needs the HessianOperator or GGNOperator of a perceptron")
-    points, spec = operator._points, problem._spec
-    if not operator._subset.whole:
+    spec = points.problem.spec
+    if not operator.subset.whole:
         raise NotCompressibleError("it needs all parameters of the perceptron")
     if points.group is not None:
         raise NotCompressibleError("the inputs are spread over processes")
@@ -107,7 +107,7 @@ def compress(operator: Any) -> CompressedOperator:
     X = torch.cat([batch.x.reshape(-1, spec.sizes[0]) for batch in batches]).to(operator.device)
     Q = torch.from_numpy(_row_space(X.to(operator.dtype))).to(operator.device)
     points.check_current()
-    narrow = _narrowed(operator, problem, spec, batches, Q)
+    narrow = _narrowed(operator, points.problem, spec, batches, Q)
     return CompressedOperator(narrow, Q, spec.sizes[1], operator.shape[0])
 
 
@@ -138,7 +138,7 @@ def _row_space(X: Tensor) -> Array:
 
 
 def _narrowed(
-    operator: _CurvatureOperator, problem: MLPProblem, spec: MLPSpec, batches: Any, Q: Tensor
+    operator: CurvatureOperator, problem: MLPProblem, spec: MLPSpec, batches: Any, Q: Tensor
 ) -> LinearOperator:
     """The operator of the perceptron with inputs X Q' and first weights W_1 Q'."""
     dtype, device = operator.dtype, operator.device

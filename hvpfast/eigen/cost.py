@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from hvpfast.linear import _Affine
-from hvpfast.operators import _CurvatureOperator
+from hvpfast.operators import CurvatureOperator
 from hvpfast.problem import MLPProblem
 from hvpfast.products import Products
 
@@ -47,9 +47,9 @@ def product_operations(operator: Any) -> float | None:
         return product_operations(operator._operands[0])
     if isinstance(operator, (Tensor, np.ndarray)):
         return 2.0 * operator.shape[0] ** 2
-    problem = getattr(getattr(operator, "_points", None), "problem", None)
-    if not isinstance(operator, _CurvatureOperator) or not isinstance(problem, MLPProblem):
+    points = operator.points if isinstance(operator, CurvatureOperator) else None
+    if points is None or not isinstance(points.problem, MLPProblem):
         return None
-    first, *rest = (d_in * d for d_in, d in itertools.pairwise(problem._spec.sizes))
+    first, *rest = (d_in * d for d_in, d in itertools.pairwise(points.problem.spec.sizes))
     # 2 m_1 + 6 sum_{l > 1} m_l multiply-adds, m_l = N D[l-1] D[l]
-    return 2.0 * operator._points.batches.num_samples * (2 * first + 6 * sum(rest))
+    return 2.0 * points.batches.num_samples * (2 * first + 6 * sum(rest))

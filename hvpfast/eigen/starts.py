@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.operators import _CurvatureOperator
+from hvpfast.operators import CurvatureOperator
 from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.reduction import map_tensors
 
@@ -54,12 +54,12 @@ def class_gradients(operator: Any) -> Tensor:
     References:
         Papyan (2020), arXiv:2008.11865.
     """
-    if not isinstance(operator, _CurvatureOperator):
+    if not isinstance(operator, CurvatureOperator):
         raise TypeError(
             "class gradients need a HessianOperator or GGNOperator, whose model and data they are "
             f"of; got {type(operator).__name__}"
         )
-    points, model = operator._points, operator._model
+    points, model = operator.points, operator.model
     if points.group is not None:
         raise ValueError(
             "class gradients of data spread over processes are not offered: start without them"
@@ -91,7 +91,7 @@ def class_gradients(operator: Any) -> Tensor:
                 for j in range(z.shape[1]):
                     parts = torch.autograd.grad(z[:, j].sum(), chosen, retain_graph=True)
                     tensors = [parts[order[id(t)]].reshape(-1) for t in points.problem.tensors]
-                    row = operator._subset.restrict(torch.cat(tensors)[None])[0]
+                    row = operator.subset.restrict(torch.cat(tensors)[None])[0]
                     sums[c, j] = sums[c, j] + row if (c, j) in sums else row
     rows = torch.stack([row / counts[c] for (c, _), row in sums.items()])
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

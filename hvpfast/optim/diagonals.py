@@ -38,7 +38,7 @@ def check_operator(operator: Any, params: Sequence[Tensor], caller: str) -> None
             "entries; they must be the same parameters"
         )
     if isinstance(operator, (GGNOperator, HessianOperator)):
-        owners = list(dict.fromkeys(id(entry.owner) for entry in operator._entries))
+        owners = list(dict.fromkeys(id(entry.owner) for entry in operator.entries))
         if owners != [id(p) for p in params]:
             raise ValueError(
                 "the operator's parameters are not the optimizer's, one by one in the order of its "
