@@ -237,17 +237,30 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
           Release());
 }
 
-void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t begin,
-          int64_t end, uintptr_t out, bool double_precision) {
+// Entries [begin, end) of `count` probes from `probe` on, as rows (count, end - begin).
+void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t count,
+          int64_t begin, int64_t end, uintptr_t out, bool double_precision, int threads) {
+  constexpr int64_t kBlock = 1 << 14;  // entries drawn by one task: some 10 microseconds
   const Stream stream = distribution_named(distribution) == Distribution::kRademacher
                             ? Stream::kRademacher
                             : Stream::kNormal;
   const Isa& isa = *available_isas().front();
-  if (double_precision) {
-    isa.draw_double(stream, seed, probe, begin, end, pointer<double>(out));
-  } else {
-    isa.draw_float(stream, seed, probe, begin, end, pointer<float>(out));
-  }
+  const int64_t width = end - begin, blocks = (width + kBlock - 1) / kBlock;
+  const int team_size = int(std::min<int64_t>(threads, count * width / kBlock));
+  py::gil_scoped_release release;
+  parallel(std::max(1, team_size), [&](Team& team) {
+    team.for_each(count * blocks, [&](int64_t task) {
+      const int64_t k = task / blocks, first = begin + task % blocks * kBlock;
+      const int64_t last = std::min(end, first + kBlock), offset = k * width + first - begin;
+      if (double_precision) {
+        isa.draw_double(stream, seed, probe + uint32_t(k), first, last,
+                        pointer<double>(out) + offset);
+      } else {
+        isa.draw_float(stream, seed, probe + uint32_t(k), first, last,
+                       pointer<float>(out) + offset);
+      }
+    });
+  });
 }
 
 double fma_peak(double seconds, int threads, const std::string& dtype) {
@@ -291,9 +304,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def("linearize_layers_float64", &Plan::linearize_layers<double>);
   bind_linearization<float>(m, "LinearizationFloat32", "PenaltyFloat32");
   bind_linearization<double>(m, "LinearizationFloat64", "PenaltyFloat64");
-  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("begin"),
-        py::arg("end"), py::arg("out"), py::arg("double_precision"),
-        "Writes entries [begin, end) of one probe.");
+  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("count"),
+        py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("double_precision"),
+        py::arg("threads"), "Writes entries [begin, end) of `count` probes, row by row.");
   m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::arg("dtype"),
         "GFLOP/s of fused multiply-adds.");
   m.def("isa", [] { return available_isas().front()->name; });

@@ -123,10 +123,10 @@ def probe_rows(
         rows = torch.from_numpy(numpy_rows(source, num_params)).to(device=device, dtype=dtype)
         return rows if out is None else out.copy_(rows)
     rows = torch.empty(source.num_probes, num_params, dtype=dtype) if out is None else out
-    name, seed, first, double = source.distribution, source.seed, source.first, dtype.itemsize == 8
-    address, stride = rows.data_ptr(), num_params * dtype.itemsize
-    for k in range(source.num_probes):
-        _cpu.draw(name, seed, first + k, 0, num_params, address + k * stride, double)
+    _cpu.draw(
+        source.distribution, source.seed, source.first, source.num_probes, 0, num_params,
+        rows.data_ptr(), dtype.itemsize == 8, torch.get_num_threads(),
+    )  # fmt: skip
     return rows.to(device)
 
 

@@ -135,13 +135,15 @@ def test_global_random_state_is_untouched(distribution: str) -> None:
 def test_the_extension_draws_the_same_bits(distribution: str) -> None:
     _cpu = pytest.importorskip("hvpfast._cpu")
     seed, P = 0xFEDCBA9876543210, 100_003
-    expected = torch.from_numpy(numpy_rows(ProbeSource(1, distribution, seed, 9), P))[0]
+    expected = torch.from_numpy(numpy_rows(ProbeSource(3, distribution, seed, 9), P))
     for begin, end in ((0, P), (0, 1), (1, 2), (5, 134), (127, 129), (4096, 4099), (77, P)):
         for dtype in (torch.float32, torch.float64):
-            out = torch.full((end - begin,), torch.nan, dtype=dtype)
-            double = dtype == torch.float64
-            _cpu.draw(distribution, seed, 9, begin, end, out.data_ptr(), double)
-            assert torch.equal(out, expected[begin:end].to(dtype)), (begin, end, dtype)
+            for count, threads in ((1, 1), (3, 1), (3, 2), (3, 3)):
+                out = torch.full((count, end - begin), torch.nan, dtype=dtype)
+                place = begin, end, out.data_ptr(), dtype == torch.float64
+                _cpu.draw(distribution, seed, 9, count, *place, threads)
+                wanted = expected[:count, begin:end].to(dtype)
+                assert torch.equal(out, wanted), (begin, end, dtype, count, threads)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
