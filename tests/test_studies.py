@@ -237,6 +237,9 @@ def test_p_values_that_were_drawn_are_bounds() -> None:
 
 
 def test_words_for_numbers() -> None:
+    assert [findings.number(v, 2) for v in (297.3, 114.9, -12345.6, 99.7)] == [
+        "300", "110", "-12000", "100",
+    ]  # fmt: skip
     assert [findings.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
         "–", "0", "1e-05", "0.123", "1.50e+07"
     ]  # fmt: skip

@@ -91,8 +91,10 @@ def number(value: float | None, digits: int = 4) -> str:
     """Return a number as the reports print it."""
     if value is None:
         return NONE
-    plain = value == 0 or 1e-5 <= abs(value) < 1e5
-    return f"{value:.{digits}g}" if plain else f"{value:.{digits - 1}e}"
+    if value and not 1e-5 <= abs(value) < 1e5:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text else text  # 1.1e+02 is 110
 
 
 def percent(value: float | None, decimals: int = 0) -> str:
