@@ -116,6 +116,12 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def keep(folder: Path, content: Any, text: str) -> None:
+    """A record as bench.json, and as the table that was printed, bench.txt."""
+    write_json(folder / "bench.json", content)
+    write_whole(folder / "bench.txt", text + "\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a record."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

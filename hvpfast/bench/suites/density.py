@@ -23,7 +23,6 @@ import hvpfast as hf
 from hvpfast import figures
 from hvpfast.bench import record, report
 from hvpfast.density import SpectralDensity, spectral_density, wasserstein
-from hvpfast.files import write_whole
 from hvpfast.probes import probes
 
 DESCRIPTION = "Distance of the spectral density to the exact spectrum, by steps and probes."
@@ -83,8 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(result)
     print(text)
     if arguments.out is not None:
-        record.write_json(arguments.out / "bench.json", result)
-        write_whole(arguments.out / "bench.txt", text + "\n")
+        record.keep(arguments.out, result, text)
         shown = spectral_density(H, min(SHOWN[0], max(steps)), min(SHOWN[1], max(counts)), seed=0)
         draw(result, shown, exact, arguments.out / "bench.png")
     return int(result["status"] == "wrong")

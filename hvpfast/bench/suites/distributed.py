@@ -29,7 +29,6 @@ import hvpfast as hf
 from hvpfast.bench import record
 from hvpfast.bench.timing import Disturbance
 from hvpfast.distributed import shard
-from hvpfast.files import write_whole
 
 DESCRIPTION = "Products over processes, each with a shard of the data, against one process."
 
@@ -88,8 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(result)
     print(text)
     if arguments.out is not None:
-        record.write_json(arguments.out / "bench.json", result)
-        write_whole(arguments.out / "bench.txt", text + "\n")
+        record.keep(arguments.out, result, text)
     return int(any(row["status"] != "timed" for row in rows))
 
 

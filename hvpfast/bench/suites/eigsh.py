@@ -27,7 +27,6 @@ from hvpfast.bench import record, timing
 from hvpfast.bench.eigen_solvers import LOSS, SEED, TOL, Found, least_products, ours, solvers
 from hvpfast.bench.trained import Trained, digits, mnist1d, shifted_digits, synthetic, train
 from hvpfast.eigen import EigenResult, eigsh
-from hvpfast.files import write_whole
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -252,8 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         text = [render_row(row) for row in result["rows"]]
         text += [render_sweep(found) for found in result["sweeps"]]
-        record.write_json(arguments.out / "bench.json", result)
-        write_whole(arguments.out / "bench.txt", "\n".join(text))
+        record.keep(arguments.out, result, "\n".join(text))
     return int(any(row["wrong"] for row in result["rows"]))
 
 

@@ -25,7 +25,6 @@ from hvpfast.bench.cases import CASES, PENALTY_WEIGHTS, QUICK_CASES, Case, Probl
 from hvpfast.bench.providers import PROVIDERS, transforms
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.jax_jit import mlp_loss
-from hvpfast.files import write_whole
 
 DESCRIPTION = "Exact tr H^2 and its gradient against K probes and dense Hessians."
 CASE_NAMES = ("40-32-10", "784-128-128-10-n512", "3072-256-100")
@@ -77,8 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(result)
     print(text)
     if arguments.out is not None:
-        record.write_json(arguments.out / "bench.json", result)
-        write_whole(arguments.out / "bench.txt", text + "\n")
+        record.keep(arguments.out, result, text)
     ours = [row for row in result["rows"] if row["provider"] == "hvpfast"]
     return int(any(row["status"] in ("wrong", "failed") for row in ours))
 
