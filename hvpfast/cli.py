@@ -151,7 +151,3 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "bench": (add_bench, "time curvature products of every provider, checked against float64"),
     "info": (add_info, "show version, backends, kernels, threads and GPU"),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

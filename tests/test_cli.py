@@ -133,7 +133,7 @@ def test_a_process_struck_down_resumes_to_the_same_bytes(
 ) -> None:
     words = [*WORDS, "--seeds", "0-11", "--out", str(tmp_path / "run")]
     environ = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    command = [sys.executable, "-m", "hvpfast.cli", *words]
+    command = [sys.executable, "-m", "hvpfast", *words]
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while num_finished(tmp_path / "run") < 8 and time.monotonic() < deadline:

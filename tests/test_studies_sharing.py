@@ -226,7 +226,7 @@ def test_ranks_of_torchrun_share_a_run(tmp_path: Path, alone: dict[str, bytes]) 
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     words = ["study", "hessian-norm", "--preset", "smoke", "--out", str(out)]
-    command = [*launch, "-m", "hvpfast.cli", *words]
+    command = [*launch, "-m", "hvpfast", *words]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert content(out) == alone
