@@ -66,6 +66,11 @@ class ProbeSource:
         if self.first + self.num_probes > 2**32:
             raise ValueError(f"probe indices must stay below 2**32; got first={self.first}")
 
+    def of_model(self, m: int) -> ProbeSource:
+        """The K probes of model m of many, which have the probes one model after the other."""
+        first = self.first + m * self.num_probes
+        return ProbeSource(self.num_probes, self.distribution, self.seed, first)
+
 
 def fresh_seed() -> int:
     """A seed from the operating system's entropy, in [0, 2**63)."""

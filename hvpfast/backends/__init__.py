@@ -4,6 +4,10 @@ A backend is a module with ``NAME`` and the functions of :class:`Backend`; ``lin
 its :class:`State` at one point. Tangents and cotangents are contiguous rows (K, P) of the
 parameters' dtype and device; everything was checked by ``functional.py`` but the values of labels,
 which a backend checks while it reads them (``checks.label_message``).
+
+Many models of one shape at once are a model axis M in front of everything: ``linearize_models``
+returns the :class:`ModelsState` of M points, and model m's results are those of its own
+``linearize``.
 """
 
 from __future__ import annotations
@@ -88,6 +92,61 @@ class State(Protocol):
         """tr H (kind "trace") or tr H^2 ("fro2")."""
 
 
+class ModelsPenalty(Protocol):
+    """The curvature penalties of M models, before their gradients."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses, (M,)."""
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalties, (M,)."""
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradients d(g_loss * loss_m + g_penalty * penalty_m) / d params_m, (M, P)."""
+
+
+class ModelsState(Protocol):
+    """Linearisations of M models of one network, each at its own parameters; contiguous tensors.
+
+    Labels out of range, and a mean over no targets, are errors like those of one model; where the
+    models have their own targets, y (M, N), the message begins with ``model m:``, m the first such
+    model. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
+    """
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses, (M,), of the parameters' dtype and device."""
+
+    @property
+    def normalizers(self) -> Tensor:
+        """What each model's sum of losses was divided by, (M,) float64."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the state keeps alive beyond its inputs, in bytes."""
+
+    def gradient(self) -> Tensor:
+        """Gradients d loss_m / d params_m, (M, P)."""
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H_m v_mk, or with ``ggn`` G_m v_mk, for rows (M, K, P), K >= 0: (M, K, P)."""
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_mk' H_m v_mk for rows (M, K, P), K >= 0: (M, K)."""
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_mk, H_m v_mk> / d params_m with u, v (M, K, P) held fixed: (M, P)."""
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ModelsPenalty:
+        """(1/K) sum_k ||H_m v_mk||^2 for probes given as rows (M, K, P) or as their source, K >= 1.
+
+        Of a source, model m has the K = num_probes probes from ``first + m K`` on, as in
+        ``source.of_model(m)``; the caller checked that the last index is below 2**32.
+        """
+
+
 def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
     """What an exact value is called in messages."""
     of = "tr H" if kind == "trace" else "tr H^2"
@@ -112,6 +171,16 @@ class Backend(Protocol):
         self, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
     ) -> State:
         """The state at ``params``; ``order`` 2 keeps only what hvp and quadratic need."""
+
+    def linearize_models(
+        self, spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
+    ) -> ModelsState:
+        """The states of M models at ``params`` (M, P), M >= 1.
+
+        x is (M, N, D[0]), or (N, D[0]) for samples that all models share; y is (M, N) or (N,) for
+        cross_entropy, (M, N, D[L]) or (N, D[L]) for mse, shared or not whatever x is. All are
+        contiguous.
+        """
 
 
 @dataclass(frozen=True)
