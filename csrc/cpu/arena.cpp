@@ -1,5 +1,6 @@
 #include "arena.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -79,7 +80,8 @@ void* Arena::take_bytes(size_t bytes) {
   bytes = (bytes + kLine - 1) / kLine * kLine;
   if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
     blocks_.reserve(blocks_.size() + 1);
-    blocks_.push_back(cache().get(bytes > kBlock ? bytes : kBlock));
+    blocks_.push_back(cache().get(std::max(bytes, std::min(kBlock, expected_))));
+    expected_ = SIZE_MAX;
     num_bytes_ += blocks_.back().size;
     used_ = 0;
   }

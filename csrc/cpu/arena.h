@@ -3,6 +3,7 @@
 // fresh pages cost more than the arithmetic on them.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 namespace hvpfast {
@@ -20,6 +21,9 @@ class Arena {
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
+  // About how much will be taken in all, from who knows: a small arena then keeps no more than
+  // that.
+  void expect(size_t bytes) { expected_ = bytes; }
   size_t num_bytes() const { return num_bytes_; }
 
  private:
@@ -32,6 +36,7 @@ class Arena {
   std::vector<Block> blocks_;
   size_t used_ = 0;  // of the last block
   size_t num_bytes_ = 0;
+  size_t expected_ = SIZE_MAX;  // of the next block
 
   friend class BlockCache;
 };

@@ -42,7 +42,11 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
   const bool keep_z = problem.third_order && smooth();
   r_.a.resize(L_ + 1), r_.s1.resize(L_ + 1), r_.s2.resize(L_ + 1), r_.z_bar.resize(L_ + 1);
   r_.z.resize(L_ + 1), r_.a_bar.resize(L_ + 1);
-  if (size_t(panels_ * NR * D_[0]) * sizeof(T) <= kMostKeptInput) r_.x = residual(0);
+  const bool keep_x = size_t(panels_ * NR * D_[0]) * sizeof(T) <= kMostKeptInput;
+  int64_t rows = 1 + keep_x * D_[0] + (1 + (s_.loss == Loss::kCrossEntropy)) * D_[L_];
+  for (int l = 1; l < L_; ++l) rows += (3 + smooth() + 2 * keep_z) * D_[l];
+  arena_.expect(size_t(panels_ * NR * rows) * sizeof(T));
+  if (keep_x) r_.x = residual(0);
   for (int l = 1; l < L_; ++l) {
     r_.a[l] = residual(l), r_.s1[l] = residual(l), r_.z_bar[l] = residual(l);
     if (smooth()) r_.s2[l] = residual(l);
