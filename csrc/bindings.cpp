@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/models.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -42,6 +43,11 @@ Distribution distribution_named(const std::string& name) {
   return named<Distribution>(
       "distribution", name,
       {{"rademacher", Distribution::kRademacher}, {"normal", Distribution::kNormal}});
+}
+
+Stream stream_named(const std::string& distribution) {
+  return distribution_named(distribution) == Distribution::kRademacher ? Stream::kRademacher
+                                                                       : Stream::kNormal;
 }
 
 const Isa& isa_named(const std::string& name) {
@@ -139,17 +145,28 @@ struct Plan {
     }
     return linearize(layers, x, x_stride, y, y_stride, N, third_order, threads);
   }
+
+  // params (M, P); x (M, N, D[0]) and y with their M models one after the other, or shared.
+  template <class T>
+  std::unique_ptr<ModelsLinearization<T>> linearize_models(int64_t M, uintptr_t params, uintptr_t x,
+                                                           bool x_shared, uintptr_t y,
+                                                           bool y_shared, int64_t N,
+                                                           bool third_order, int threads) const {
+    if (M < 1 || N < 1) throw std::invalid_argument("at least one model and one sample expected");
+    py::gil_scoped_release release;
+    return std::make_unique<ModelsLinearization<T>>(
+        *isa,
+        ModelsProblem<T>{spec, M, pointer<const T>(params), pointer<const T>(x), x_shared,
+                         pointer<const void>(y), y_shared, N, third_order},
+        threads);
+  }
 };
 
-template <class T>
-void bind_linearization(py::module_& m, const char* name, const char* penalty_name) {
-  using Lin = Linearization<T>;
-  using Flags = std::vector<bool>;
+// What one model and many have alike: only the sizes of the arrays differ.
+template <class T, class Lin>
+void bind_products(py::class_<Lin>& bound) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<Lin>(m, name)
-      .def_property_readonly("loss", &Lin::loss)
-      .def_property_readonly("normalizer", &Lin::normalizer)
-      .def_property_readonly("num_bytes", &Lin::num_bytes)
+  bound.def_property_readonly("num_bytes", &Lin::num_bytes)
       .def(
           "gradient",
           [](const Lin& lin, uintptr_t out, int threads) {
@@ -191,7 +208,28 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
             py::gil_scoped_release release;
             return lin.penalty(nullptr, &probes, K, curvature_of(ggn), threads);
           },
-          py::keep_alive<0, 1>())
+          py::keep_alive<0, 1>());
+}
+
+template <class T, class AnyPenalty>
+void bind_penalty_gradient(py::class_<AnyPenalty>& bound) {
+  bound.def(
+      "gradient",
+      [](const AnyPenalty& penalty, double g_loss, double g_penalty, uintptr_t out, int threads) {
+        penalty.gradient(g_loss, g_penalty, pointer<T>(out), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class T>
+void bind_linearization(py::module_& m, const char* name, const char* penalty_name) {
+  using Lin = Linearization<T>;
+  using Flags = std::vector<bool>;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Lin> linearization(m, name);
+  bind_products<T>(linearization);
+  linearization.def_property_readonly("loss", &Lin::loss)
+      .def_property_readonly("normalizer", &Lin::normalizer)
       .def("sample_traces",
            [](const Lin& lin, bool ggn, const Flags& weights, const Flags& biases, uintptr_t out,
               int threads) {
@@ -228,36 +266,46 @@ void bind_linearization(py::module_& m, const char* name, const char* penalty_na
              return lin.exact_bytes(exact_named(kind), curvature_of(ggn),
                                     chosen_of(weights, biases), gradient, threads);
            });
-  py::class_<Penalty<T>>(m, penalty_name)
-      .def_property_readonly("value", &Penalty<T>::value)
-      .def(
-          "gradient",
-          [](const Penalty<T>& penalty, double g_loss, double g_penalty, uintptr_t out,
-             int threads) { penalty.gradient(g_loss, g_penalty, pointer<T>(out), threads); },
-          Release());
+  py::class_<Penalty<T>> penalty(m, penalty_name);
+  bind_penalty_gradient<T>(penalty);
+  penalty.def_property_readonly("value", &Penalty<T>::value);
 }
 
-// Entries [begin, end) of `count` probes from `probe` on, as rows (count, end - begin).
-void draw(const std::string& distribution, uint64_t seed, uint32_t probe, int64_t count,
-          int64_t begin, int64_t end, uintptr_t out, bool double_precision, int threads) {
+template <class T>
+void bind_models(py::module_& m, const char* name, const char* penalty_name) {
+  using Models = ModelsLinearization<T>;
+  py::class_<Models> models(m, name);
+  bind_products<T>(models);
+  models.def("losses", [](const Models& all, uintptr_t out) { all.losses(pointer<T>(out)); })
+      .def("normalizers",
+           [](const Models& all, uintptr_t out) { all.normalizers(pointer<double>(out)); });
+  py::class_<ModelsPenalty<T>> penalty(m, penalty_name);
+  bind_penalty_gradient<T>(penalty);
+  penalty.def("values",
+              [](const ModelsPenalty<T>& all, uintptr_t out) { all.values(pointer<T>(out)); });
+}
+
+// Entries [begin, end) of probes, as rows (groups, count, end - begin): `count` of them from probe
+// + g stride on for group g.
+void draw(const std::string& distribution, uint64_t seed, uint32_t probe, uint32_t stride,
+          int64_t groups, int64_t count, int64_t begin, int64_t end, uintptr_t out,
+          bool double_precision, int threads) {
   constexpr int64_t kBlock = 1 << 14;  // entries drawn by one task: some 10 microseconds
-  const Stream stream = distribution_named(distribution) == Distribution::kRademacher
-                            ? Stream::kRademacher
-                            : Stream::kNormal;
+  const Stream stream = stream_named(distribution);
   const Isa& isa = *available_isas().front();
-  const int64_t width = end - begin, blocks = (width + kBlock - 1) / kBlock;
-  const int team_size = int(std::min<int64_t>(threads, count * width / kBlock));
+  const int64_t rows = groups * count, width = end - begin;
+  const int64_t blocks = (width + kBlock - 1) / kBlock;
+  const int team_size = int(std::min<int64_t>(threads, rows * width / kBlock));
   py::gil_scoped_release release;
   parallel(std::max(1, team_size), [&](Team& team) {
-    team.for_each(count * blocks, [&](int64_t task) {
-      const int64_t k = task / blocks, first = begin + task % blocks * kBlock;
-      const int64_t last = std::min(end, first + kBlock), offset = k * width + first - begin;
+    team.for_each(rows * blocks, [&](int64_t task) {
+      const int64_t row = task / blocks, first = begin + task % blocks * kBlock;
+      const int64_t last = std::min(end, first + kBlock), offset = row * width + first - begin;
+      const uint32_t k = probe + uint32_t(row / count) * stride + uint32_t(row % count);
       if (double_precision) {
-        isa.draw_double(stream, seed, probe + uint32_t(k), first, last,
-                        pointer<double>(out) + offset);
+        isa.draw_double(stream, seed, k, first, last, pointer<double>(out) + offset);
       } else {
-        isa.draw_float(stream, seed, probe + uint32_t(k), first, last,
-                       pointer<float>(out) + offset);
+        isa.draw_float(stream, seed, k, first, last, pointer<float>(out) + offset);
       }
     });
   });
@@ -301,12 +349,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def("linearize_flat_float32", &Plan::linearize_flat<float>)
       .def("linearize_flat_float64", &Plan::linearize_flat<double>)
       .def("linearize_layers_float32", &Plan::linearize_layers<float>)
-      .def("linearize_layers_float64", &Plan::linearize_layers<double>);
+      .def("linearize_layers_float64", &Plan::linearize_layers<double>)
+      .def("linearize_models_float32", &Plan::linearize_models<float>)
+      .def("linearize_models_float64", &Plan::linearize_models<double>);
   bind_linearization<float>(m, "LinearizationFloat32", "PenaltyFloat32");
   bind_linearization<double>(m, "LinearizationFloat64", "PenaltyFloat64");
-  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"), py::arg("count"),
-        py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("double_precision"),
-        py::arg("threads"), "Writes entries [begin, end) of `count` probes, row by row.");
+  bind_models<float>(m, "ModelsFloat32", "ModelsPenaltyFloat32");
+  bind_models<double>(m, "ModelsFloat64", "ModelsPenaltyFloat64");
+  m.def("draw", &draw, py::arg("distribution"), py::arg("seed"), py::arg("probe"),
+        py::arg("stride"), py::arg("groups"), py::arg("count"), py::arg("begin"), py::arg("end"),
+        py::arg("out"), py::arg("double_precision"), py::arg("threads"),
+        "Writes entries [begin, end) of groups of probes, row by row.");
   m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::arg("dtype"),
         "GFLOP/s of fused multiply-adds.");
   m.def("isa", [] { return available_isas().front()->name; });

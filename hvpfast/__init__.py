@@ -18,7 +18,6 @@ from hvpfast.estimators import (
     trace,
 )
 from hvpfast.functional import (
-    Linearization,
     ggnvp,
     hvp,
     hvp_vjp,
@@ -26,7 +25,9 @@ from hvpfast.functional import (
     penalty,
     quadratic_form,
 )
+from hvpfast.linearization import Linearization
 from hvpfast.mlp import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
+from hvpfast.models import ModelsLinearization, ModelsOperator
 from hvpfast.operators import GGNOperator, HessianOperator
 from hvpfast.probes import ProbeSource, fresh_seed, probes
 from hvpfast.products import NonFiniteProductError
@@ -44,6 +45,8 @@ __all__ = [
     "HessianOperator",
     "Linearization",
     "MLPSpec",
+    "ModelsLinearization",
+    "ModelsOperator",
     "NonFiniteProductError",
     "NotAnMLPError",
     "ProbeSource",

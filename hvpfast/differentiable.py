@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from hvpfast import functional
 from hvpfast.backends import BACKENDS, PenaltyState, reference
 from hvpfast.checks import check_curvature, check_deterministic_modules, warn_slow
-from hvpfast.functional import _versions
 from hvpfast.library import ops
+from hvpfast.linearization import versions
 from hvpfast.mlp import NotAnMLPError, spec_of
 from hvpfast.penalties import check_kind, chosen_tensors, exact_value, penalty_of
 from hvpfast.plan import plan_of
@@ -167,7 +167,7 @@ def _recorded(
         return state.loss, state.penalty
     inputs = (*batch, *params)
     fixed = [t for t in batch if t.requires_grad]
-    saved = (state, layout, inputs, _versions(inputs), len(fixed))
+    saved = (state, layout, inputs, versions(inputs), len(fixed))
     return _apply(saved, *fixed, *params)
 
 
@@ -190,13 +190,13 @@ class _HessianPenalty(torch.autograd.Function):
                 "Trying to backward through hessian_penalty a second time: its residuals were "
                 "freed. Specify retain_graph=True the first time"
             )
-        state, layout, inputs, versions, num_fixed = ctx.saved
+        state, layout, inputs, seen, num_fixed = ctx.saved
         if num_fixed:
             raise RuntimeError(
                 "hessian_penalty differentiates with respect to the parameters, not to x, y or "
                 "tangents; detach them"
             )
-        if _versions(inputs) != versions:
+        if versions(inputs) != seen:
             raise RuntimeError(
                 "parameters, x or y were modified by an inplace operation between hessian_penalty "
                 "and backward; call backward first"

@@ -7,7 +7,9 @@
     hvp_vjp(lin, V, U) = d sum_k u_k' H v_k / d params
     penalty(lin, V) = mean_k ||H v_k||^2    with the loss and one gradient of both; also tr H^2
 
-V, U are one direction (P,) or K directions as columns (P, K). These functions are not recorded by
+V, U are one direction (P,) or K directions as columns (P, K). With parameters (M, P) all this is
+done for M models of one network at once (``models.py``): V, U are (M, P) or (M, P, K), and results
+have M in front. These functions are not recorded by
 autograd and return detached results; the differentiable forms are ``hessian_penalty`` and the
 operators in ``torch.ops.hvpfast``.
 """
@@ -15,7 +17,6 @@ operators in ``torch.ops.hvpfast``.
 from __future__ import annotations
 
 import functools
-import operator
 import warnings
 from collections.abc import Sequence
 
@@ -31,109 +32,17 @@ from hvpfast.checks import (
     nonfinite_reason,
     tangent_rows,
 )
+from hvpfast.linearization import Linearization
+from hvpfast.model_checks import check_losses, check_models
+from hvpfast.models import ModelsLinearization
 from hvpfast.penalties import check_kind, penalty_of
 from hvpfast.probes import ProbeSource, fresh_seed
 from hvpfast.spec import MLPSpec
 
-
-class Linearization:
-    """A loss at one point, ready for curvature products. Made by :func:`linearize`.
-
-    It belongs to the values that ``params``, ``x`` and ``y`` had: when one of them is changed in
-    place, later products raise (changes through ``.data`` cannot be seen).
-
-    Attributes:
-        spec: the :class:`MLPSpec`.
-        state: the backend's state; rows (K, P) inside.
-        order: 2 or 3, as given to :func:`linearize`.
-        num_params: P.
-    """
-
-    __slots__ = ("_choice", "_grad", "_inputs", "_like", "_versions", "num_params", "order",
-                 "spec", "state")  # fmt: skip
-
-    def __init__(
-        self,
-        spec: MLPSpec,
-        state: backends.State,
-        choice: backends.Choice,
-        order: int,
-        like: Tensor,
-        inputs: tuple[Tensor, ...],
-    ) -> None:
-        self.spec, self.state, self.order = spec, state, order
-        self.num_params = spec.num_params
-        self._choice, self._like, self._inputs = choice, like, inputs
-        self._grad: Tensor | None = None
-        self._versions = _versions(inputs)
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self.state.loss
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradient of the loss, flat (P,); computed when first asked for."""
-        if self._grad is None:
-            self.check_current()
-            self._grad = self.state.gradient()
-        return self._grad
-
-    @property
-    def normalizer(self) -> float:
-        """What the loss divides its sum by: 1 for "sum", else the samples or weights that count."""
-        return self.state.normalizer
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend that runs."""
-        return self._choice.module.NAME
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the parameters and of every result."""
-        return self._like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters and of every result."""
-        return self._like.device
-
-    def check_current(self) -> None:
-        """Raise RuntimeError if params, x or y were changed in place since :func:`linearize`."""
-        if _versions(self._inputs) != self._versions:
-            raise RuntimeError(
-                "params, x or y were changed in place after linearize; the linearization belongs "
-                "to their old values. Call linearize again"
-            )
-
-    def explain(self) -> str:
-        """What runs where and why, in a few lines."""
-        spec = self.spec
-        lines = [
-            f"MLP {spec.sizes} {spec.activation}, {spec.loss} ({spec.reduction}), "
-            f"P = {self.num_params}, {self.dtype} on {self.device}",
-            f"backend: {self.backend}",
-        ]
-        lines += [f"passed over {name}: {reason}" for name, reason in self._choice.passed_over]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"<Linearization of {self.explain().splitlines()[0]}, backend {self.backend}>"
-
-
-_version = operator.attrgetter("_version")
-
-
-def _versions(tensors: tuple[Tensor, ...]) -> int:
-    """Sum of the version counters: each only ever grows, so a change of any changes the sum."""
-    try:
-        return sum(map(_version, tensors))
-    except RuntimeError:  # inference tensors keep no version counter
-        return sum(t._version for t in tensors if not t.is_inference())
-
-
+_NO_EXACT = (
+    "estimator='exact' takes one model at a time; for many use estimator='hutchinson', or "
+    "linearize(spec, params[m], ...) for each"
+)
 _warned: set[str] = set()
 
 
@@ -169,9 +78,13 @@ def linearize(
 
     Args:
         spec: the network and its loss.
-        params: flat (P,), or the list ``[W1, b1, W2, ...]``; contiguous, used without a copy.
-        x: inputs (N, D[0]), or (N, ...) with D[0] entries per sample; dtype of ``params``.
-        y: targets: (N,) int64 for cross_entropy, (N, D[L]) with the dtype of params for mse.
+        params: flat (P,), or the list ``[W1, b1, W2, ...]``; contiguous, used without a copy. Or
+            (M, P) for M models at once, one flat row each: the result is then a
+            :class:`hvpfast.ModelsLinearization`.
+        x: inputs (N, D[0]), or (N, ...) with D[0] entries per sample; dtype of ``params``. For M
+            models (M, N, D[0]), or (N, D[0]) for samples that all of them share.
+        y: targets: (N,) int64 for cross_entropy, (N, D[L]) with the dtype of params for mse. For M
+            models with M in front, or shared as they are.
         backend: ``"auto"`` or a name from ``available()``.
         order: 3, or 2 to keep only what products, quadratic forms and the gradient need.
 
@@ -182,6 +95,12 @@ def linearize(
     """
     if order not in (2, 3):
         raise ValueError(f"order must be 2 or 3; got {order!r}")
+    if isinstance(params, Tensor) and params.dim() == 2:
+        x_all, y_all = check_models(spec, params, x, y)
+        choice, _ = _plan(spec, backend, params.dtype, params.device)
+        many = choice.module.linearize_models(spec, params, x_all, y_all, order)
+        check_losses(spec, many.loss, params, x_all, y_all)
+        return ModelsLinearization(spec, many, choice, order, params, (params, x, y))
     like = check_params(spec, params)
     x_rows, y_rows = check_batch(spec, like, x, y)
     choice, largest = _plan(spec, backend, like.dtype, like.device)
@@ -197,7 +116,8 @@ def hvp(lin: Linearization, tangents: Tensor) -> Tensor:
 
     Args:
         lin: from :func:`linearize`.
-        tangents: (P,) or columns (P, K), K >= 0, with the dtype and device of the parameters.
+        tangents: (P,) or columns (P, K), K >= 0, with the dtype and device of the parameters; for M
+            models (M, P) or (M, P, K).
 
     Returns:
         H v, shaped as ``tangents``.
@@ -222,7 +142,9 @@ def ggnvp(lin: Linearization, tangents: Tensor) -> Tensor:
 
 
 def _product(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
-    check_tangents(tangents, lin.num_params, lin._like)
+    if isinstance(lin, ModelsLinearization):
+        return lin.product(tangents, ggn)
+    check_tangents(tangents, lin.num_params, lin.like)
     lin.check_current()
     if tangents.dim() == 1:
         return lin.state.hvp(tangents if tangents.is_contiguous() else tangents.contiguous(), ggn)
@@ -235,18 +157,20 @@ def quadratic_form(lin: Linearization, tangents: Tensor, *, curvature: str = "he
 
     Args:
         lin: from :func:`linearize`.
-        tangents: (P,) or columns (P, K), K >= 0.
+        tangents: (P,) or columns (P, K), K >= 0; for M models (M, P) or (M, P, K).
         curvature: ``"hessian"`` or ``"ggn"``.
 
     Returns:
-        0-dim for (P,), (K,) for (P, K).
+        0-dim for (P,), (K,) for (P, K); with M in front for M models.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
         RuntimeError: the point was changed in place after linearize.
     """
     ggn = check_curvature(curvature)
-    rows = tangent_rows(tangents, lin.num_params, lin._like)
+    if isinstance(lin, ModelsLinearization):
+        return lin.quadratic(tangents, ggn)
+    rows = tangent_rows(tangents, lin.num_params, lin.like)
     lin.check_current()
     out = lin.state.quadratic(rows, ggn)
     return out[0] if tangents.dim() == 1 else out
@@ -259,26 +183,28 @@ def hvp_vjp(
 
     Args:
         lin: from :func:`linearize` with ``order=3``.
-        tangents: v, (P,) or columns (P, K).
+        tangents: v, (P,) or columns (P, K); for M models (M, P) or (M, P, K).
         cotangents: u, shaped as ``tangents``.
         curvature: ``"hessian"`` or ``"ggn"``; the ggn is differentiated in full, J included.
 
     Returns:
-        (P,), summed over the K pairs.
+        (P,), summed over the K pairs; (M, P) for M models.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
         RuntimeError: ``order=2``, or the point was changed in place after linearize.
     """
     ggn = check_curvature(curvature)
-    rows = tangent_rows(tangents, lin.num_params, lin._like)
-    cotangent_rows = tangent_rows(cotangents, lin.num_params, lin._like, "cotangents")
+    if isinstance(lin, ModelsLinearization):
+        return lin.hvp_vjp(tangents, cotangents, ggn)
+    rows = tangent_rows(tangents, lin.num_params, lin.like)
+    cotangent_rows = tangent_rows(cotangents, lin.num_params, lin.like, "cotangents")
     if tangents.shape != cotangents.shape:
         raise ValueError(
             "tangents and cotangents must have one shape, pair by pair; got "
             f"{tuple(tangents.shape)} and {tuple(cotangents.shape)}"
         )
-    _check_third_order(lin, "hvp_vjp")
+    lin.check_third_order("hvp_vjp")
     lin.check_current()
     return lin.state.hvp_vjp(rows, cotangent_rows, ggn)
 
@@ -303,11 +229,13 @@ def penalty(
 
     Args:
         lin: from :func:`linearize` with ``order=3``.
-        tangents: probes v, (P,) or columns (P, K), K >= 1; None to have them drawn.
+        tangents: probes v, (P,) or columns (P, K), K >= 1; None to have them drawn. For M models
+            (M, P) or (M, P, K).
         num_probes: how many to draw.
         distribution: ``"rademacher"`` or ``"normal"``. A backend may draw normal probes in
             another basis: same distribution, other numbers than :func:`hvpfast.probes`.
-        seed: of the drawn probes, in [0, 2**64); None takes fresh entropy.
+        seed: of the drawn probes, in [0, 2**64); None takes fresh entropy. Of M models, model m has
+            the K probes from number m K on: ``hvpfast.probes(P, K, seed=seed, first=m * K)``.
         weights: (w_loss, w_penalty) of the gradient.
         curvature: ``"hessian"`` or ``"ggn"``.
         kind: ``"fro2"`` or ``"trace"``.
@@ -315,17 +243,24 @@ def penalty(
             square of the number of samples.
 
     Returns:
-        (loss, penalty, gradient of w_loss * loss + w_penalty * penalty): 0-dim, 0-dim, (P,).
+        (loss, penalty, gradient of w_loss * loss + w_penalty * penalty): 0-dim, 0-dim, (P,); for M
+        models (M,), (M,), (M, P).
 
     Raises:
         ValueError, TypeError: an argument is not as described.
         RuntimeError: ``order=2``, or the point was changed in place after linearize.
         MemoryError: ``estimator="exact"`` where the scratch memory of a few samples is not there.
+        NotImplementedError: ``estimator="exact"`` for M models.
     """
     check_kind(kind, estimator, tangents)
     ggn = check_curvature(curvature)
+    if isinstance(lin, ModelsLinearization):
+        if estimator == "exact":
+            raise NotImplementedError(_NO_EXACT)
+        own = lin.penalty(tangents, num_probes, distribution, seed, ggn, kind)
+        return own.loss, own.penalty, own.gradient(float(weights[0]), float(weights[1]))
     if estimator == "exact":
-        _check_third_order(lin, "penalty")
+        lin.check_third_order("penalty")
         lin.check_current()
         result = lin.state.exact_penalty(kind, ggn, [True] * len(lin.spec.shapes))
     else:
@@ -343,10 +278,10 @@ def penalty_state(
     kind: str = "fro2",
 ) -> backends.PenaltyState:
     """The values of :func:`penalty`, with the gradient for weights that come later."""
-    _check_third_order(lin, "penalty")
-    probes = penalty_probes(lin._like, lin.num_params, tangents, num_probes, distribution, seed)
+    lin.check_third_order("penalty")
+    probes = penalty_probes(lin.like, lin.num_params, tangents, num_probes, distribution, seed)
     lin.check_current()
-    return penalty_of(lin.state, kind, probes, ggn, lin._like, lin.num_params)
+    return penalty_of(lin.state, kind, probes, ggn, lin.like, lin.num_params)
 
 
 def penalty_probes(
@@ -367,11 +302,3 @@ def penalty_probes(
     if num_probes < 1:
         raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
     return probes
-
-
-def _check_third_order(lin: Linearization, name: str) -> None:
-    if lin.order < 3:
-        raise RuntimeError(
-            f"{name} needs third-order residuals, but this linearization has order=2; call "
-            "linearize(..., order=3)"
-        )

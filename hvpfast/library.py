@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hvpfast import functional, rules
 from hvpfast.backends import PenaltyState
+from hvpfast.linearization import Linearization
 from hvpfast.probes import ProbeSource, fresh_seed, probe_rows
 from hvpfast.spec import MLPSpec
 
@@ -65,7 +66,7 @@ _SCHEMAS = (
 
 def _linearize(
     params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str, order: int
-) -> functional.Linearization:
+) -> Linearization:
     params = [p if p.is_contiguous() else p.contiguous() for p in params]
     given = params[0] if len(params) == 1 and params[0].dim() == 1 else params
     return functional.linearize(MLPSpec.from_key(spec), given, x, y, backend=backend, order=order)

@@ -17,7 +17,7 @@ from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.spec import check_choice
 
 if TYPE_CHECKING:
-    from hvpfast.functional import Linearization
+    from hvpfast.linearization import Linearization
 
 __all__ = ["ESTIMATORS", "KINDS", "check_kind", "chosen_tensors", "exact_value", "penalty_of"]
 

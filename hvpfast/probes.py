@@ -17,7 +17,7 @@ sine and cosine are those of Moshier's Cephes library (single precision).
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -128,11 +128,42 @@ def probe_rows(
         rows = torch.from_numpy(numpy_rows(source, num_params)).to(device=device, dtype=dtype)
         return rows if out is None else out.copy_(rows)
     rows = torch.empty(source.num_probes, num_params, dtype=dtype) if out is None else out
-    _cpu.draw(
-        source.distribution, source.seed, source.first, source.num_probes, 0, num_params,
-        rows.data_ptr(), dtype.itemsize == 8, torch.get_num_threads(),
-    )  # fmt: skip
+    _draw(source, 0, rows.unsqueeze(0))
     return rows.to(device)
+
+
+def probes_of_models(
+    source: ProbeSource,
+    stride: int,
+    num_models: int,
+    num_params: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows (M, K, P): model m has the K probes of the seed from ``first + m stride`` on.
+
+    They are written to ``out`` where it is given: contiguous, with that dtype, on the CPU.
+    """
+    firsts = [source.first + m * stride for m in range(num_models)]
+    ProbeSource(source.num_probes, source.distribution, source.seed, firsts[-1])  # in range
+    if _cpu is None or dtype not in (torch.float32, torch.float64):
+        sources = [replace(source, first=first) for first in firsts]
+        drawn = torch.stack([probe_rows(s, num_params, dtype, device) for s in sources])
+        return drawn if out is None else out.copy_(drawn)
+    shape = num_models, source.num_probes, num_params
+    rows = torch.empty(shape, dtype=dtype) if out is None else out
+    _draw(source, stride, rows)
+    return rows.to(device)
+
+
+def _draw(source: ProbeSource, stride: int, rows: Tensor) -> None:
+    """Write rows (M, K, P), float32 or float64 on the CPU, with the compiled generator."""
+    num_models, num_probes, num_params = rows.shape
+    _cpu.draw(
+        source.distribution, source.seed, source.first, stride, num_models, num_probes, 0,
+        num_params, rows.data_ptr(), rows.dtype is torch.float64, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def numpy_rows(source: ProbeSource, num_params: int) -> _Floats:

@@ -115,6 +115,31 @@ def oracle(
     return {key: value.detach() for key, value in results.items()}
 
 
+def expectations(
+    spec: MLPSpec, flat: Tensor, x: Tensor, y: Tensor, V: Tensor, U: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    """The oracle three times: "truth" in float64, torch's "own" dtype, truth for "nudged" inputs.
+
+    In float64 all three are the same.
+    """
+    tensors = (flat, x, y, V, U)
+    own = oracle(spec, *tensors)
+    if flat.dtype == torch.float64:
+        return {"truth": own, "own": own, "nudged": own}
+    g = torch.Generator().manual_seed(0)
+
+    def wide(t: Tensor, nudge: float) -> Tensor:
+        signs = 2 * torch.randint(0, 2, t.shape, generator=g) - 1
+        return t.double() * (1 + nudge * signs) if t.is_floating_point() else t
+
+    half_ulp = torch.finfo(flat.dtype).eps / 2
+    return {
+        "truth": oracle(spec, *(wide(t, 0.0) for t in tensors)),
+        "own": own,
+        "nudged": oracle(spec, *(wide(t, half_ulp) for t in tensors)),
+    }
+
+
 @one_thread()
 def dense_hessian(spec: MLPSpec, flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """H (P, P) by torch.autograd.functional."""

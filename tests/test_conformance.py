@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import CASES, SEED, Case, problem
-from helpers import assert_within_reference_error, one_thread, oracle
+from helpers import assert_within_reference_error, expectations, one_thread
 from torch import Tensor
 
 import hvpfast as hf
@@ -35,22 +35,7 @@ def runs() -> list[object]:
 def _expected(case: Case) -> dict[str, dict[str, Tensor]]:
     """The oracle: truth in float64, torch's own in the case's dtype, truth for nudged inputs."""
     q = problem(case)
-    tensors = (q.flat, q.x, q.y, q.tangents, q.cotangents)
-    own = oracle(case.spec, *tensors)
-    if case.dtype == torch.float64:
-        return {"truth": own, "own": own, "nudged": own}
-    g = torch.Generator().manual_seed(0)
-
-    def wide(t: Tensor, nudge: float) -> Tensor:
-        signs = 2 * torch.randint(0, 2, t.shape, generator=g) - 1
-        return t.double() * (1 + nudge * signs) if t.is_floating_point() else t
-
-    half_ulp = torch.finfo(case.dtype).eps / 2
-    return {
-        "truth": oracle(case.spec, *(wide(t, 0.0) for t in tensors)),
-        "own": own,
-        "nudged": oracle(case.spec, *(wide(t, half_ulp) for t in tensors)),
-    }
+    return expectations(case.spec, q.flat, q.x, q.y, q.tangents, q.cotangents)
 
 
 def linearize(case: Case, backend: str) -> hf.Linearization:

@@ -8,7 +8,14 @@ import scipy.stats
 import torch
 
 import hvpfast as hf
-from hvpfast.probes import ProbeSource, _words, numpy_rows, philox, probe_rows
+from hvpfast.probes import (
+    ProbeSource,
+    _words,
+    numpy_rows,
+    philox,
+    probe_rows,
+    probes_of_models,
+)
 
 DISTRIBUTIONS = ("rademacher", "normal")
 
@@ -141,7 +148,7 @@ def test_the_extension_draws_the_same_bits(distribution: str) -> None:
             for count, threads in ((1, 1), (3, 1), (3, 2), (3, 3)):
                 out = torch.full((count, end - begin), torch.nan, dtype=dtype)
                 place = begin, end, out.data_ptr(), dtype == torch.float64
-                _cpu.draw(distribution, seed, 9, count, *place, threads)
+                _cpu.draw(distribution, seed, 9, 0, 1, count, *place, threads)
                 wanted = expected[:count, begin:end].to(dtype)
                 assert torch.equal(out, wanted), (begin, end, dtype, count, threads)
 
@@ -189,3 +196,18 @@ def test_fresh_seed() -> None:
     seeds = {hf.fresh_seed() for _ in range(100)}
     assert len(seeds) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_probes_of_models(distribution: str, dtype: torch.dtype) -> None:
+    source = ProbeSource(3, distribution, 21, 2)
+    rows = probes_of_models(source, 50, 4, 301, dtype)
+    assert rows.shape == (4, 3, 301) and rows.dtype == dtype
+    for m in range(4):
+        own = numpy_rows(ProbeSource(3, distribution, 21, 2 + 50 * m), 301)
+        assert torch.equal(rows[m], torch.from_numpy(own).to(dtype))
+    out = torch.empty_like(rows)
+    assert probes_of_models(source, 50, 4, 301, dtype, out=out) is out and torch.equal(out, rows)
+    with pytest.raises(ValueError, match="below 2"):
+        probes_of_models(source, 2**31, 4, 301, dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from hvpfast.backends import State, exact_text
+from hvpfast.backends.cpu_models import CpuModels
 from hvpfast.memory import LARGE_BYTES, check_scratch
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
@@ -85,6 +86,25 @@ def linearize(
         )
         engine = layers([p.data_ptr() for p in params], *rest)
     return CpuState(engine, spec, x.dtype, (params, x, y))
+
+
+def linearize_models(spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int) -> CpuModels:
+    """The states of M models at (M, P), each with its own x and y or all with the same ones."""
+    engine_of = plan(spec)
+    double = params.dtype is torch.float64
+    make = engine_of.linearize_models_float64 if double else engine_of.linearize_models_float32
+    engine = make(
+        len(params),
+        params.data_ptr(),
+        x.data_ptr(),
+        x.dim() == 2,
+        y.data_ptr(),
+        y.dim() == (1 if spec.loss == "cross_entropy" else 2),
+        x.size(-2),
+        order == 3,
+        get_num_threads(),
+    )
+    return CpuModels(engine, params, (params, x, y))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,6 +20,7 @@ from torch import Tensor, func
 
 from hvpfast.backends import reference_cores
 from hvpfast.backends.reference_cores import Cores
+from hvpfast.backends.reference_models import ReferenceModels
 from hvpfast.checks import check_labels
 from hvpfast.probes import ProbeSource, probe_rows
 from hvpfast.spec import MLPSpec
@@ -57,6 +58,25 @@ def linearize(
     state = linearize_function(outputs, loss, tensors, normalizer=normalizer)
     state.cores_at = lambda p, ggn: reference_cores.cores(spec, spec.unflatten(p), x, loss, ggn)
     return state
+
+
+def linearize_models(
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int = 3
+) -> ReferenceModels:
+    """The states of M models at (M, P), each with its own x and y or all with the same ones.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
+    own_y = y.dim() > (1 if spec.loss == "cross_entropy" else 2)
+    states = []
+    for m, flat in enumerate(params):
+        try:
+            state = linearize(spec, flat, x[m] if x.dim() == 3 else x, y[m] if own_y else y, order)
+        except ValueError as error:
+            raise ValueError(f"model {m}: {error}") if own_y else error from None
+        states.append(state)
+    return ReferenceModels(states)
 
 
 def mlp_loss(spec: MLPSpec, y: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:

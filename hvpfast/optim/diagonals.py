@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hvpfast.estimators import diagonal
-from hvpfast.functional import Linearization, hvp
+from hvpfast.functional import hvp
+from hvpfast.linearization import Linearization
 from hvpfast.operators import GGNOperator, HessianOperator
 from hvpfast.probes import probes
 

@@ -1,0 +1,393 @@
+"""Many models at once: every backend, every operation, judged model by model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import CASES, FEW, SEED, Case, problem, with_dtype
+from helpers import assert_within_reference_error, expectations, one_thread
+from torch import Tensor
+
+import hvpfast as hf
+from hvpfast.backends import BACKENDS
+from hvpfast.model_checks import check_models
+from hvpfast.probes import ProbeSource
+
+CURVATURES = ("hessian", "ggn")
+WEIGHTS = (0.75, 1.5)
+ALONE = ("cpu", "reference")  # backends on which a model gives the same bits alone
+# Each activation, loss, depth and option; one batch of more than one tile, one wide first layer.
+SOME = [with_dtype(case, dtype) for case in FEW for dtype in (torch.float32, torch.float64)] + [
+    case for case in CASES if case.dtype == torch.float32 and case.N in (129, 450)
+]
+RUNNING = [name for name, reason in hf.available().items() if reason is None]
+on_each = pytest.mark.parametrize("backend", RUNNING)
+
+
+@dataclass(frozen=True)
+class Models:
+    """M models of a case's network; ``x`` and ``y`` are shared where they lack the axis M."""
+
+    spec: hf.MLPSpec
+    params: Tensor  # (M, P)
+    x: Tensor
+    y: Tensor
+    tangents: Tensor  # (M, P, K)
+    cotangents: Tensor
+
+    def alone(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Parameters, x and y of one model."""
+        own_y = self.y.dim() > (1 if self.spec.loss == "cross_entropy" else 2)
+        return (
+            self.params[m],
+            self.x[m] if self.x.dim() == 3 else self.x,
+            self.y[m] if own_y else self.y,
+        )
+
+
+def models(case: Case, M: int = 3, x_shared: bool = False, y_shared: bool = False) -> Models:
+    """M variations of a case: parameters, data and tangents of their own."""
+    q = problem(case)
+    g = torch.Generator().manual_seed(SEED % 2**31)
+
+    def varied(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return torch.stack([t.roll(m) for m in range(M)])
+        noise = torch.randn(M, *t.shape, generator=g).to(t.dtype)
+        return t + 0.3 * noise * t.abs().mean()
+
+    return Models(
+        case.spec,
+        varied(q.flat),
+        q.x if x_shared else varied(q.x),
+        q.y if y_shared else varied(q.y),
+        varied(q.tangents),
+        varied(q.cotangents),
+    )
+
+
+def linearize(q: Models, backend: str) -> hf.ModelsLinearization:
+    lin = hf.linearize(q.spec, q.params, q.x, q.y, backend=backend)
+    assert isinstance(lin, hf.ModelsLinearization)
+    return lin
+
+
+def operations(
+    lin: hf.Linearization, V: Tensor, U: Tensor, drawn: Tensor | None
+) -> Iterator[tuple[str, Tensor, str]]:
+    """(name, result, key of the oracle) of every operation, of one model or of many.
+
+    ``drawn``: the probes (P, K) that the model has of SEED; None for many models, which draw them.
+    """
+    yield "loss", lin.loss, "loss"
+    yield "gradient", lin.grad, "gradient"
+    yield "hvp", hf.hvp(lin, V), "hessian product"
+    yield "ggnvp", hf.ggnvp(lin, V), "ggn product"
+    yield "hvp of one", hf.hvp(lin, V[..., 0]), "hessian product of one"
+    for curvature in CURVATURES:
+        quadratic = hf.quadratic_form(lin, V, curvature=curvature)
+        yield f"quadratic {curvature}", quadratic, f"{curvature} quadratic"
+        vjp = hf.hvp_vjp(lin, V, U, curvature=curvature)
+        yield f"hvp_vjp {curvature}", vjp, f"{curvature} vjp"
+        for probes in (V, drawn):
+            loss, penalty, gradient = hf.penalty(
+                lin, probes, num_probes=2, seed=SEED, weights=WEIGHTS, curvature=curvature
+            )
+            given = probes is V
+            name = f"penalty {curvature} {'given' if given else 'drawn'}"
+            yield f"{name} loss", loss, "loss"
+            yield name, penalty, f"{curvature} penalty" if given else ""
+            yield f"{name} gradient", gradient, f"{curvature} penalty gradient" if given else ""
+        trace = hf.penalty(lin, drawn, num_probes=2, seed=SEED, kind="trace", curvature=curvature)
+        yield f"trace penalty {curvature}", trace[1], ""
+        yield f"trace penalty {curvature} gradient", trace[2], ""
+
+
+def value(results: dict[str, Tensor], key: str) -> Tensor:
+    """What the oracle says of an operation."""
+    if key == "hessian product of one":
+        return results["hessian product"][:, 0]
+    if key.endswith("penalty gradient"):
+        return WEIGHTS[0] * results["gradient"] + WEIGHTS[1] * results[key]
+    return results[key]
+
+
+def runs() -> list[object]:
+    params = []
+    for i, case in enumerate(SOME):
+        for name, reason in hf.available().items():
+            if name == "reference" and case.dtype != torch.float64:
+                continue  # there the oracle has the same errors by definition
+            skip = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
+            shared = i % 2 == 1, i // 2 % 2 == 1
+            label = f"{name}-{case}-{'x' if shared[0] else ''}{'y' if shared[1] else ''}shared"
+            params.append(pytest.param(name, case, *shared, marks=skip, id=label))
+    return params
+
+
+@pytest.mark.parametrize(("backend", "case", "x_shared", "y_shared"), runs())
+def test_conformance(backend: str, case: Case, x_shared: bool, y_shared: bool) -> None:
+    q = models(case, 3, x_shared, y_shared)
+    P, failures = q.spec.num_params, []
+    with one_thread() if backend == "reference" else nullcontext():
+        lin = linearize(q, backend)
+        assert type(lin.models).__module__.startswith(f"hvpfast.backends.{backend}")
+        together = list(operations(lin, q.tangents, q.cotangents, None))
+        assert lin.normalizers.dtype == torch.float64
+        for m in range(3):
+            flat, x, y = q.alone(m)
+            V, U = q.tangents[m], q.cotangents[m]
+            drawn = hf.probes(P, 2, seed=SEED, first=2 * m, dtype=case.dtype)
+            one = hf.linearize(q.spec, flat, x, y, backend=backend)
+            assert float(lin.normalizers[m]) == one.normalizer
+            expected = expectations(q.spec, flat, x, y, V, U)
+            for (name, results, key), (_, alone, _) in zip(
+                together, operations(one, V, U, drawn), strict=True
+            ):
+                label = f"{backend} {case} model {m} {name}"
+                if backend in ALONE and not torch.equal(results[m], alone):
+                    failures.append(f"{label}: not the bits of the model alone")
+                try:
+                    if key:
+                        assert_within_reference_error(
+                            results[m],
+                            value(expected["truth"], key),
+                            value(expected["own"], key),
+                            label,
+                            nudged=value(expected["nudged"], key),
+                            floor=1.0 if key == "loss" else 0.0,
+                        )
+                    else:  # no oracle of these probes: the model alone is judged elsewhere
+                        torch.testing.assert_close(results[m], alone)
+                except AssertionError as error:
+                    failures.append(str(error))
+    assert not failures, "\n".join(failures)
+
+
+def test_every_backend_is_in_the_matrix() -> None:
+    assert set(BACKENDS) == set(hf.available())
+    assert {case.spec.activation for case in SOME} >= set(hf.mlp.ACTIVATIONS)
+
+
+@pytest.mark.skipif("cpu" not in RUNNING, reason=str(hf.available()["cpu"]))
+@pytest.mark.parametrize("M", [1, 2, 7])
+def test_cpu_bits_do_not_depend_on_threads(M: int) -> None:
+    spec = hf.MLPSpec((40, 32, 10), "tanh")
+    q = models(Case(spec, 64, 3, torch.float32), M)
+    before, expected = torch.get_num_threads(), None
+    try:
+        for run in range(20):
+            torch.set_num_threads(1 + run % 4)
+            lin = linearize(q, "cpu")
+            results = [out for _, out, _ in operations(lin, q.tangents, q.cotangents, None)]
+            bits = torch.cat([out.reshape(-1) for out in results])
+            expected = bits if expected is None else expected
+            assert torch.equal(bits, expected), f"run {run}, {1 + run % 4} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_each
+@pytest.mark.parametrize("sizes", [(6, 5, 3), (300, 60, 4)])  # wide: the first layer is not formed
+@pytest.mark.parametrize("distribution", ["rademacher", "normal"])
+def test_sources_are_numbered_through(
+    backend: str, sizes: tuple[int, ...], distribution: str
+) -> None:
+    """Model m has the probes first + m K, ..., in whatever basis a backend draws them."""
+    q = models(Case(hf.MLPSpec(sizes), 9, 2))
+    source = ProbeSource(3, distribution, SEED, first=4)
+    with one_thread() if backend == "reference" else nullcontext():
+        together = linearize(q, backend).models.penalty(source, False)
+        gradients = together.gradient(0.5, 2.0)
+        for m in range(3):
+            assert source.of_model(m) == ProbeSource(3, distribution, SEED, 4 + 3 * m)
+            state = hf.linearize(q.spec, *q.alone(m), backend=backend).state
+            one = state.penalty(source.of_model(m), False)
+            torch.testing.assert_close(together.penalty[m], one.penalty, rtol=1e-12, atol=0)
+            torch.testing.assert_close(gradients[m], one.gradient(0.5, 2.0))
+
+
+@pytest.fixture
+def q() -> Models:
+    """Three small models with cross-entropy."""
+    return models(Case(hf.MLPSpec((5, 4, 3), "tanh"), 6, 2))
+
+
+@on_each
+def test_shapes(q: Models, backend: str) -> None:
+    lin = linearize(q, backend)
+    M, P = q.params.shape
+    assert (lin.num_models, lin.num_params, lin.backend) == (M, P, backend)
+    assert lin.loss.shape == (M,) and lin.grad.shape == (M, P)
+    assert lin.models.nbytes > 0
+    assert hf.hvp(lin, q.tangents).shape == (M, P, 2)
+    assert hf.hvp(lin, q.tangents[:, :, 0]).shape == (M, P)
+    assert hf.hvp(lin, q.tangents[:, :, :0]).shape == (M, P, 0)
+    assert hf.quadratic_form(lin, q.tangents[:, :, 0]).shape == (M,)
+    assert hf.quadratic_form(lin, q.tangents[:, :, :0]).shape == (M, 0)
+    nothing = hf.hvp_vjp(lin, q.tangents[:, :, :0], q.tangents[:, :, :0])
+    assert nothing.shape == (M, P) and not nothing.any()
+    assert "3 models" in lin.explain() and "3 models" in repr(lin)
+    rowmajor = q.tangents.contiguous()  # the transpose must be copied
+    assert torch.equal(hf.hvp(lin, rowmajor), hf.hvp(lin, q.tangents))
+    requiring = q.tangents.clone().requires_grad_()
+    assert not hf.hvp(lin, requiring).requires_grad
+
+
+@on_each
+def test_drawn_probes_are_reproducible(q: Models, backend: str) -> None:
+    lin = linearize(q, backend)
+    for distribution in ("rademacher", "normal"):
+        first, again, other = (
+            hf.penalty(lin, num_probes=2, seed=seed, distribution=distribution)[1]
+            for seed in (5, 5, 6)
+        )
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(hf.penalty(lin)[1], hf.penalty(lin)[1])  # fresh entropy
+
+
+def test_samples_expanded_over_models_are_shared(q: Models) -> None:
+    x, y = q.x[0].expand(3, -1, -1), q.y[0].expand(3, -1)
+    assert [t.dim() for t in check_models(q.spec, q.params, x, y)] == [2, 1]
+    assert [t.dim() for t in check_models(q.spec, q.params, q.x, q.y)] == [3, 2]
+
+
+WRONG = [
+    ({"params": torch.zeros(0, 39)}, ValueError, "no models"),
+    ({"params": torch.zeros(39, 3)}, ValueError, r"Did you mean \.T"),
+    ({"params": torch.zeros(3, 38)}, ValueError, r"must be \(M, 39\)"),
+    ({"params": torch.zeros(39, 3).T}, ValueError, "must be contiguous"),
+    ({"params": torch.zeros(3, 39, dtype=torch.int64)}, TypeError, "must be floating point"),
+    ({"params": torch.zeros(2, 3, 39)}, ValueError, "flat tensor"),
+    ({"x": torch.zeros(3, 6, 5)}, TypeError, "x must be torch.float64"),
+    ({"x": [[1.0]]}, TypeError, "x and y must be tensors"),
+    ({"x": torch.zeros(2, 6, 5).double()}, ValueError, r"x must be \(3, N, 5\)"),
+    ({"x": torch.zeros(3, 6, 4).double()}, ValueError, r"x must be \(3, N, 5\)"),
+    ({"x": torch.zeros(3, 6, 5, 1).double()}, ValueError, r"x must be \(3, N, 5\)"),
+    ({"x": torch.zeros(5).double()}, ValueError, r"x must be \(3, N, 5\)"),
+    ({"x": torch.zeros(3, 0, 5).double()}, ValueError, "batch is empty"),
+    ({"y": torch.zeros(3, 6).double()}, TypeError, "must be torch.int64"),
+    ({"y": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, r"must be \(3, 6\), or \(6,\)"),
+    ({"y": torch.zeros(6, 3, dtype=torch.int64)}, ValueError, r"must be \(3, 6\), or \(6,\)"),
+    ({"order": 4}, ValueError, "order must be 2 or 3"),
+    ({"backend": "gpu"}, ValueError, "backend must be"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), WRONG)
+def test_bad_arguments(
+    q: Models, given: dict[str, object], error: type[Exception], message: str
+) -> None:
+    params = given.get("params", q.params)
+    if isinstance(params, Tensor) and params.dtype == torch.float32:
+        params = params.double() if params.is_contiguous() else params.T.double().T
+    arguments = {"x": q.x, "y": q.y} | {k: v for k, v in given.items() if k != "params"}
+    with pytest.raises(error, match=message):
+        hf.linearize(q.spec, params, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tangents", "error", "message"),
+    [
+        (torch.zeros(39).double(), ValueError, r"tangents\.expand\(3, \*tangents\.shape\)"),
+        (torch.zeros(39, 2).double(), ValueError, r"tangents\.expand\(3, \*tangents\.shape\)"),
+        (torch.zeros(3, 2, 39).double(), ValueError, r"Did you mean \.transpose\(1, 2\)"),
+        (torch.zeros(2, 39, 2).double(), ValueError, r"must be \(3, 39\) or \(3, 39, K\)"),
+        (torch.zeros(3, 39), TypeError, "must be torch.float64"),
+        ([0.0], TypeError, "must be a tensor"),
+    ],
+)
+def test_bad_tangents(q: Models, tangents: Tensor, error: type[Exception], message: str) -> None:
+    lin = hf.linearize(q.spec, q.params, q.x, q.y)
+    good = q.tangents
+    for call in (
+        lambda: hf.hvp(lin, tangents),
+        lambda: hf.ggnvp(lin, tangents),
+        lambda: hf.quadratic_form(lin, tangents),
+        lambda: hf.hvp_vjp(lin, tangents, good),
+        lambda: hf.penalty(lin, tangents),
+        lambda: hf.ModelsOperator(lin) @ tangents,  # type: ignore[arg-type]
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(error, match=message.replace("tangents", "cotangents")):
+        hf.hvp_vjp(lin, good, tangents)
+
+
+def test_misuse(q: Models) -> None:
+    lin = hf.linearize(q.spec, q.params, q.x, q.y)
+    with pytest.raises(ValueError, match="one shape, pair by pair"):
+        hf.hvp_vjp(lin, q.tangents, q.tangents[:, :, :1])
+    with pytest.raises(ValueError, match="one or more; got 0"):
+        hf.penalty(lin, q.tangents[:, :, :0])
+    with pytest.raises(ValueError, match="one or more; got 0"):
+        hf.penalty(lin, num_probes=0)
+    with pytest.raises(ValueError, match=r"more than the 2\*\*32 probes"):
+        hf.penalty(lin, num_probes=2**31)
+    with pytest.raises(NotImplementedError, match="one model at a time"):
+        hf.penalty(lin, estimator="exact")
+    with pytest.raises(RuntimeError, match="take one model"):
+        lin.state  # noqa: B018
+    with pytest.raises(ValueError, match="curvature must be"):
+        hf.ModelsOperator(lin, "fisher")  # type: ignore[arg-type]
+    one = hf.linearize(q.spec, *q.alone(0))
+    with pytest.raises(TypeError, match="parameters \\(M, P\\)"):
+        hf.ModelsOperator(one)  # type: ignore[arg-type]
+    second = hf.linearize(q.spec, q.params, q.x, q.y, order=2)
+    assert torch.equal(hf.hvp(second, q.tangents), hf.hvp(lin, q.tangents))
+    for call in (lambda: hf.hvp_vjp(second, q.tangents, q.tangents), lambda: hf.penalty(second)):
+        with pytest.raises(RuntimeError, match="order=2"):
+            call()
+
+
+@on_each
+@pytest.mark.parametrize("which", ["params", "x", "y"])
+def test_changes_in_place_are_noticed(q: Models, backend: str, which: str) -> None:
+    lin = linearize(q, backend)
+    A = hf.ModelsOperator(lin)
+    getattr(q, which)[1] += 1
+    for call in (
+        lambda: hf.hvp(lin, q.tangents),
+        lambda: hf.quadratic_form(lin, q.tangents),
+        lambda: hf.hvp_vjp(lin, q.tangents, q.tangents),
+        lambda: hf.penalty(lin),
+        lambda: lin.grad,
+        lambda: hf.trace(A, 2),
+        lambda: hf.diagonal(A, 2),
+    ):
+        with pytest.raises(RuntimeError, match="changed in place"):
+            call()
+
+
+@on_each
+def test_wrong_values_name_the_model(q: Models, backend: str) -> None:
+    def refused(params: Tensor, x: Tensor, y: Tensor, spec: hf.MLPSpec = q.spec) -> str:
+        with pytest.raises(ValueError, match=r"model|labels|mean") as caught:
+            hf.linearize(spec, params, x, y, backend=backend)
+        return str(caught.value)
+
+    params, x, y = q.params.clone(), q.x.clone(), q.y.clone()
+    params[2, 7] = torch.nan
+    message = refused(params, x, y)
+    assert message.startswith("model 2: the loss is nan: params has 1 entries")
+    assert "[7]" in message and "more of" not in message
+    params[1, 3] = torch.nan
+    message = refused(params, x, y)
+    assert message.startswith("model 1: ") and "1 more of the 3 models" in message
+    x[1, 4, 2] = torch.nan
+    assert refused(q.params, x, y).startswith("model 1: the loss is nan: x has 1 entries")
+    shared = refused(q.params, x[1], y)
+    assert shared.startswith("model 0: the loss is nan") and "2 more of the 3" in shared
+    y[2, 5] = 3
+    assert "y[5] = 3" in (message := refused(q.params, q.x, y))
+    assert message.startswith("model 2: labels must be in [0, 3)")
+    assert refused(q.params, q.x, y[2]).startswith("labels must be in [0, 3)")
+    y = q.y.clone()
+    y[1] = -100
+    message = refused(q.params, q.x, y)
+    assert message.startswith("model 1: ") and "mean cross-entropy is undefined" in message
+    assert "mean cross-entropy is undefined" in refused(q.params, q.x, y[1])
