@@ -10,6 +10,7 @@ from hvpfast.eigen import CGResult, EigenResult, cg_solve, class_gradients, eigs
 from hvpfast.estimators import (
     Estimate,
     Estimates,
+    ModelsEstimate,
     diagonal,
     estimate_all,
     frobenius_norm,
@@ -45,6 +46,7 @@ __all__ = [
     "HessianOperator",
     "Linearization",
     "MLPSpec",
+    "ModelsEstimate",
     "ModelsLinearization",
     "ModelsOperator",
     "NonFiniteProductError",

@@ -8,11 +8,13 @@ from hvpfast.estimators.estimate import (
     row_norms_sq,
     trace,
 )
+from hvpfast.estimators.models import ModelsEstimate
 from hvpfast.estimators.result import Estimate, Estimates
 
 __all__ = [
     "Estimate",
     "Estimates",
+    "ModelsEstimate",
     "diagonal",
     "estimate_all",
     "frobenius_norm",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hvpfast.estimators import exact, hutchinson
+from hvpfast.estimators import exact, hutchinson, models
 from hvpfast.estimators.deflated import deflated_frobenius_sq, hutch_plus_plus, na_hutch_plus_plus
 from hvpfast.estimators.leave_one_out import xdiag, xtrace
 from hvpfast.estimators.result import Estimate, Estimates
 from hvpfast.estimators.sampling import Settings
+from hvpfast.models import ModelsOperator
 from hvpfast.products import Products
 from hvpfast.spec import check_choice
 
@@ -59,7 +60,9 @@ def trace(
 
     Args:
         A: has ``.shape`` and ``@`` on columns (P, K): an operator of this library, of SciPy or of
-            others, a matrix of torch or NumPy.
+            others, a matrix of torch or NumPy. A :class:`hvpfast.ModelsOperator` (M, P, P) takes
+            ``"hutchinson"`` and gives a :class:`hvpfast.ModelsEstimate`, M in front; then
+            num_matvecs counts the products of each model, and a tolerance is reached by all.
         num_matvecs: products to spend; with ``rtol``, before the first look at the tolerance. Two
             more test the symmetry of an operator that does not tell, where the method needs it.
         method: see above.
@@ -139,8 +142,11 @@ def frobenius_norm(
     if rtol is not None:  # |a/b - 1| <= rtol where |a^2/b^2 - 1| <= 2 rtol - rtol^2
         settings = dataclasses.replace(settings, rtol=rtol * (2 - rtol))
     square = _one(A, "frobenius_sq", method, settings)
-    root = math.sqrt(square.estimate)
-    stderr = square.stderr / (2 * root) if root > 0 else square.stderr
+    root = square.estimate**0.5
+    if isinstance(square, models.ModelsEstimate):
+        stderr = torch.where(root > 0, square.stderr / (2 * root), square.stderr)
+    else:
+        stderr = square.stderr / (2 * root) if root > 0 else square.stderr
     return dataclasses.replace(square, estimate=root, stderr=stderr, samples=None)
 
 
@@ -214,6 +220,8 @@ def estimate_all(
 
 
 def _one(A: Any, quantity: str, method: str, settings: Settings) -> Estimate[Any]:
+    if isinstance(A, ModelsOperator):
+        return models.estimate(A, settings, (quantity,), method)[quantity]
     special = _METHODS[quantity].get(method)
     if special is not None:
         products = Products(A)
@@ -231,6 +239,8 @@ def _several(
     A: Any, wanted: Sequence[str], method: str, settings: Settings
 ) -> dict[str, Estimate[Any]]:
     check_choice("method", method, ("hutchinson", "exact", "auto"))
+    if isinstance(A, ModelsOperator):
+        return dict(models.estimate(A, settings, wanted, method))
     products = Products(A)
     settings = _agreed(products, settings)
     if method == "auto":

@@ -9,7 +9,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "Estimates", "skewness_coefficients", "student_quantile", "unskewed"]
+__all__ = [
+    "Estimate",
+    "Estimates",
+    "skewness_coefficients",
+    "skewness_of_each",
+    "student_quantile",
+    "unskewed",
+]
 
 Value = TypeVar("Value", float, Tensor)
 
@@ -85,14 +92,21 @@ def skewness_coefficients(samples: Tensor, positive: bool) -> tuple[float, float
     truth) / s has the mean -g / (2 sqrt(n)) and T + (g / 3) T^2 / sqrt(n) + (g / 6) / sqrt(n) is
     normal to order 1 / n; for the logarithm of the mean g / 3 becomes g / 3 - c / 2.
     """
-    centred = samples - samples.mean()
-    spread = float(centred.square().mean().sqrt())
-    if spread == 0:
-        return 0.0, 0.0
-    skewness = float((centred / spread).pow(3).mean())
-    mean = float(samples.mean())
-    bend = 0.5 * spread / mean if positive and mean > 0 else 0.0
-    return skewness / 3 - bend, skewness / 6
+    ((a, b),) = skewness_of_each(samples.unsqueeze(0), positive)
+    return a, b
+
+
+def skewness_of_each(samples: Tensor, positive: bool) -> list[tuple[float, float]]:
+    """Return :func:`skewness_coefficients` of every row of samples (M, n)."""
+    mean = samples.mean(1)
+    centred = samples - mean.unsqueeze(1)
+    spread = centred.square().mean(1).sqrt()
+    skewness = (centred / spread.unsqueeze(1)).pow(3).mean(1)
+    bend = torch.zeros_like(mean)
+    if positive:
+        bend = torch.where(mean > 0, 0.5 * spread / mean, bend)
+    pairs = torch.stack((skewness / 3 - bend, skewness / 6), 1)
+    return [(a, b) for a, b in torch.where(spread.unsqueeze(1) == 0, 0.0, pairs).tolist()]
 
 
 def unskewed(quantile: float, skew: tuple[float, float], n: int) -> float:

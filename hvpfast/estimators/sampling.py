@@ -25,8 +25,10 @@ __all__ = [
     "Tally",
     "at_least_single",
     "blocks",
+    "chunk_of",
     "rows_at_once",
     "sample",
+    "scaled",
 ]
 
 DISTRIBUTIONS = ("rademacher", "normal", "sphere")
@@ -121,15 +123,18 @@ class ProbeStream:
         size, device = self._products.size, self._products.device
         rows = probe_rows(source, size, self.dtype, device, out)
         self._next += count
-        return self.on_sphere(rows, self._products.size) if sphere else rows
+        return scaled(rows, self._products.size) if sphere else rows
 
     def on_sphere(self, rows: Tensor, dimension: int) -> Tensor:
         """Scale rows to length sqrt(dimension), in place, where the distribution is the sphere."""
-        if self._distribution != "sphere":
-            return rows
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        scale = math.sqrt(dimension) / norms.clamp_min(torch.finfo(torch.float64).tiny)
-        return rows.mul_(scale.to(rows.dtype))
+        return scaled(rows, dimension) if self._distribution == "sphere" else rows
+
+
+class Chunks(Protocol):
+    """What gives probes."""
+
+    def chunks(self, count: int) -> Iterator[Tensor]:
+        """Yield the next ``count`` probes, a chunk at a time; a chunk's length counts them."""
 
 
 class Tally(Protocol):
@@ -225,7 +230,7 @@ def blocks(size: int, count: int) -> Iterator[slice]:
 
 
 def sample(
-    stream: ProbeStream,
+    stream: Chunks,
     settings: Settings,
     spent: int,
     visit: Callable[[Tensor], None],
@@ -242,7 +247,7 @@ def sample(
         stream: gives the probes, one per product.
         settings: budget and tolerance.
         spent: products of the budget that are spent already.
-        visit: takes rows (k, P) and adds k samples to every tally.
+        visit: takes a chunk of k probes and adds k samples to every tally.
         tallies: what must be known well enough.
 
     Returns:
@@ -326,10 +331,21 @@ class Progress:
             self._bar.close()
 
 
+def scaled(rows: Tensor, dimension: int) -> Tensor:
+    """Scale rows to length sqrt(dimension), in place."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    scale = math.sqrt(dimension) / norms.clamp_min(torch.finfo(torch.float64).tiny)
+    return rows.mul_(scale.to(rows.dtype))
+
+
 def rows_at_once(products: Products) -> int:
     """Return how many rows are multiplied by the operator at once."""
-    row = products.size * products.dtype.itemsize
-    return max(1, min(_MOST_ROWS, _CHUNK_BYTES // row))
+    return chunk_of(products.size * products.dtype.itemsize)
+
+
+def chunk_of(size: int) -> int:
+    """Return how many probes of so many bytes are used at once."""
+    return max(1, min(_MOST_ROWS, _CHUNK_BYTES // size))
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
