@@ -149,10 +149,8 @@ def test_seeds(A: hf.ModelsOperator) -> None:
 
 
 def test_chunks_do_not_matter(A: hf.ModelsOperator, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvpfast.estimators import sampling
-
     whole = hf.estimate_all(A, 23, seed=8)
-    monkeypatch.setattr(sampling, "_CHUNK_BYTES", 5 * M * P * 8)
+    monkeypatch.setattr("hvpfast.estimators.models._CHUNK_BYTES", 5 * M * P * 8)
     parts = hf.estimate_all(A, 23, seed=8)
     for name in ESTIMATORS:
         torch.testing.assert_close(getattr(parts, name).estimate, getattr(whole, name).estimate)

@@ -30,6 +30,8 @@ from hvpfast.products import NonFiniteProductError
 
 __all__ = ["ModelsEstimate", "estimate"]
 
+_CHUNK_BYTES = 2**26  # of the probes of all models at once: each model needs several to be worth it
+
 
 @dataclass(frozen=True, eq=False)
 class ModelsEstimate(Estimate[Tensor]):
@@ -143,7 +145,7 @@ class _Probes:
         self._device, self._settings = operator.device, settings
         self._stride = settings.num_matvecs if settings.rtol is None else settings.most
         check_probe_count(self._M, self._stride)
-        self._at_once = chunk_of(self._M * self._P * operator.dtype.itemsize)
+        self._at_once = chunk_of(self._M * self._P * operator.dtype.itemsize, _CHUNK_BYTES)
         self.dtype = at_least_single(operator.dtype)
         self._memory: Tensor | None = None
         self.spent = 0

@@ -343,9 +343,9 @@ def rows_at_once(products: Products) -> int:
     return chunk_of(products.size * products.dtype.itemsize)
 
 
-def chunk_of(size: int) -> int:
+def chunk_of(size: int, most_bytes: int = _CHUNK_BYTES) -> int:
     """Return how many probes of so many bytes are used at once."""
-    return max(1, min(_MOST_ROWS, _CHUNK_BYTES // size))
+    return max(1, min(_MOST_ROWS, most_bytes // size))
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
