@@ -12,12 +12,16 @@ which a backend rounds: on the CPU, where threads share out the models, they are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from hvpfast import backends
 from hvpfast.checks import check_curvature
 from hvpfast.linearization import Linearization
+from hvpfast.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.model_checks import model_rows
 from hvpfast.probes import ProbeSource, fresh_seed, probes_of_models
 from hvpfast.spec import MLPSpec
@@ -79,17 +83,25 @@ class ModelsLinearization(Linearization):
 
     def product(self, tangents: Tensor, ggn: bool) -> Tensor:
         """H V or G V, shaped as ``tangents`` (M, P) or (M, P, K)."""
-        rows = self.rows(tangents)
-        self.check_current()
-        out = self.models.hvp(rows, ggn)
+        out = self.product_rows(self.rows(tangents), ggn)
         return out.squeeze(1) if tangents.dim() == 2 else out.transpose(1, 2)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
         """v' H v: (M,) for (M, P), (M, K) for (M, P, K)."""
-        rows = self.rows(tangents)
-        self.check_current()
-        out = self.models.quadratic(rows, ggn)
+        out = self.quadratic_rows(self.rows(tangents), ggn)
         return out.squeeze(1) if tangents.dim() == 2 else out
+
+    def product_rows(self, rows: Tensor, ggn: bool) -> Tensor:
+        """H V or G V for contiguous rows (M, K, P)."""
+        self.check_current()
+        with self._in_memory("products", rows.shape[1]):
+            return self.models.hvp(rows, ggn)
+
+    def quadratic_rows(self, rows: Tensor, ggn: bool) -> Tensor:
+        """v' H v, (M, K), for contiguous rows (M, K, P)."""
+        self.check_current()
+        with self._in_memory("quadratic forms", rows.shape[1]):
+            return self.models.quadratic(rows, ggn)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         """d sum_k u_k' H v_k / d params, (M, P)."""
@@ -101,7 +113,8 @@ class ModelsLinearization(Linearization):
             )
         self.check_third_order("hvp_vjp")
         self.check_current()
-        return self.models.hvp_vjp(rows, cotangent_rows, ggn)
+        with self._in_memory("third-order products", rows.shape[1]):
+            return self.models.hvp_vjp(rows, cotangent_rows, ggn)
 
     def penalty(
         self,
@@ -125,13 +138,31 @@ class ModelsLinearization(Linearization):
         if num_probes < 1:
             raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
         self.check_current()
-        if kind == "fro2":
-            return self.models.penalty(probes, ggn)
-        if isinstance(probes, ProbeSource):
-            probes = probes_of_models(
-                probes, num_probes, self.num_models, self.num_params, self.dtype, self.device
-            )
-        return TracePenalties(self.models, probes, ggn)
+        with self._in_memory("penalties", num_probes):
+            if kind == "fro2":
+                return self.models.penalty(probes, ggn)
+            if isinstance(probes, ProbeSource):
+                probes = probes_of_models(
+                    probes, num_probes, self.num_models, self.num_params, self.dtype, self.device
+                )
+            return TracePenalties(self.models, probes, ggn)
+
+    @contextmanager
+    def _in_memory(self, what: str, K: int) -> Iterator[None]:
+        """Around what may run out of memory: says then how much was asked for, and what helps."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or "ran out of memory" in str(error):
+                raise
+            M, P = self.num_models, self.num_params
+            rows = bytes_text(M * K * P * self.dtype.itemsize)
+            raise MemoryError(
+                f"{what} of {M} models with {K} tangents of {P:,} {self.dtype} parameters ran out "
+                f"of memory: the tangents alone take {rows}, and "
+                f"{bytes_text(available_bytes(self.device))} are available; take fewer models or "
+                "tangents at a time"
+            ) from error
 
     def rows(self, tangents: Tensor, name: str = "tangents") -> Tensor:
         """Tangents as contiguous rows (M, K, P)."""
@@ -189,7 +220,7 @@ class ModelsOperator:
 
     __array_ufunc__ = None  # NumPy leaves numpy_array @ A to A, which refuses it
 
-    def __init__(self, lin: ModelsLinearization, curvature: str = "hessian") -> None:
+    def __init__(self, lin: Linearization, curvature: str = "hessian") -> None:
         self._ggn = check_curvature(curvature)
         if not isinstance(lin, ModelsLinearization):
             raise TypeError(
@@ -234,13 +265,11 @@ class ModelsOperator:
 
     def product_rows(self, rows: Tensor) -> Tensor:
         """Rows A t_mk for contiguous rows (M, K, P)."""
-        self._lin.check_current()
-        return self._lin.models.hvp(rows, self._ggn)
+        return self._lin.product_rows(rows, self._ggn)
 
     def quadratic_rows(self, rows: Tensor) -> Tensor:
         """t_mk' A t_mk, (M, K), for contiguous rows (M, K, P)."""
-        self._lin.check_current()
-        return self._lin.models.quadratic(rows, self._ggn)
+        return self._lin.quadratic_rows(rows, self._ggn)
 
     def explain(self) -> str:
         """What runs where and why."""

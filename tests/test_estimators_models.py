@@ -144,7 +144,7 @@ def test_seeds(A: hf.ModelsOperator) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
     params, x, y = data()
     same = hf.linearize(SPEC, params[0].repeat(2, 1), x[0], y[0])
-    estimates = hf.trace(hf.ModelsOperator(same), 8, seed=1).estimate  # type: ignore[arg-type]
+    estimates = hf.trace(hf.ModelsOperator(same), 8, seed=1).estimate
     assert estimates[0] != estimates[1], "models have their own probes"
 
 
@@ -212,7 +212,7 @@ def test_products_that_overflow_name_the_model() -> None:
     x = torch.ones(M, 4, 2)
     x[1, :, 0] = 1e25
     lin = hf.linearize(spec, torch.zeros(M, 3), x, torch.ones(M, 4, 1))
-    A = hf.ModelsOperator(lin)  # type: ignore[arg-type]
+    A = hf.ModelsOperator(lin)
     for estimator in ESTIMATORS.values():
         with pytest.raises(hf.NonFiniteProductError, match="model 1: product 0"):
             estimator(A, 4, seed=0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import hvpfast as hf
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +21,19 @@ def test_example_prints_what_the_readme_says() -> None:
     with torch.random.fork_rng(), contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})
     assert out.getvalue() == printed
+
+
+def test_example_of_many_models_runs() -> None:
+    section = README.partition("## Many models at once")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    namespace = {"torch": torch, "hf": hf}
+    with torch.random.fork_rng(), contextlib.redirect_stdout(io.StringIO()):
+        torch.manual_seed(0)
+        exec(compile(code, "README.md", "exec"), namespace)
+    P = namespace["spec"].num_params
+    shapes = [tuple(namespace[name].shape) for name in ("loss", "penalty", "grad")]
+    assert shapes == [(451,), (451,), (451, P)]
+    assert namespace["result"].samples.shape == (451, 100)
 
 
 def test_named_files_exist() -> None:
