@@ -258,7 +258,8 @@ def penalty(
         if estimator == "exact":
             raise NotImplementedError(_NO_EXACT)
         own = lin.penalty(tangents, num_probes, distribution, seed, ggn, kind)
-        return own.loss, own.penalty, own.gradient(float(weights[0]), float(weights[1]))
+        gradient = own.gradient(float(weights[0]), float(weights[1]))
+        return own.loss.clone(), own.penalty.clone(), gradient
     if estimator == "exact":
         lin.check_third_order("penalty")
         lin.check_current()

@@ -60,7 +60,7 @@ class ModelsLinearization(Linearization):
     @property
     def loss(self) -> Tensor:
         """The losses, (M,)."""
-        return self.models.loss
+        return self.models.loss.clone()
 
     @property
     def grad(self) -> Tensor:

@@ -204,6 +204,8 @@ def test_bad_arguments(A: hf.ModelsOperator) -> None:
         hf.trace(A, 16, rtol=0.1, max_matvecs=5)
     with pytest.raises(ValueError, match="num_matvecs must be"):
         hf.trace(A, 0)
+    with pytest.raises(ValueError, match=r"square \(P, P\); got \(3, "):
+        hf.eigsh(A, 1)
 
 
 def test_products_that_overflow_name_the_model() -> None:

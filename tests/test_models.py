@@ -184,8 +184,24 @@ def test_shapes(q: Models, backend: str) -> None:
     assert "3 models" in lin.explain() and "3 models" in repr(lin)
     rowmajor = q.tangents.contiguous()  # the transpose must be copied
     assert torch.equal(hf.hvp(lin, rowmajor), hf.hvp(lin, q.tangents))
-    requiring = q.tangents.clone().requires_grad_()
-    assert not hf.hvp(lin, requiring).requires_grad
+
+
+@on_each
+def test_results_are_detached_and_the_callers_own(q: Models, backend: str) -> None:
+    expected = linearize(q, backend)
+    for t in (q.params, q.x, q.tangents):
+        t.requires_grad_()
+    lin = linearize(q, backend)
+    results = list(operations(lin, q.tangents, q.tangents, None))
+    wanted = list(operations(expected, q.tangents, q.tangents, None))
+    for (name, result, _), (_, other, _) in zip(results, wanted, strict=True):
+        assert not result.requires_grad, name
+        torch.testing.assert_close(result, other)
+        if name != "gradient":  # which is kept
+            result.zero_()
+    again = {name: result for name, result, _ in operations(lin, q.tangents, q.tangents, None)}
+    for name, other, _ in wanted:
+        torch.testing.assert_close(again[name], other, msg=f"{name}: a result was the state's own")
 
 
 @on_each
