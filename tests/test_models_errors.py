@@ -153,6 +153,7 @@ def test_changes_in_place_are_noticed(q: Models, backend: str, which: str) -> No
             call()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # interpreted kernels meet NaN
 @on_each
 def test_wrong_values_name_the_model(q: Models, backend: str) -> None:
     def refused(params: Tensor, x: Tensor, y: Tensor, spec: hf.MLPSpec = q.spec) -> str:
