@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvpfast.backends import BACKENDS
 from hvpfast.bench import command, gate, marks, memory, peak, record, report, runner, timing
 from hvpfast.bench.cases import CASES, KINK_MARGIN, OPERATIONS, QUICK_CASES, build, smallest_z
 from hvpfast.bench.counts import minimal, minimal_bytes, schedules
@@ -269,7 +270,7 @@ def test_environment_is_complete() -> None:
     for key in ("date", "cpu_model", "cpu_affinity", "python", "torch_config", "torch_threads"):
         assert found[key], key
     assert found["packages"]["torch"] == torch.__version__
-    assert set(found["backends"]) == {"cpu", "reference"}
+    assert set(found["backends"]) == set(BACKENDS)
     assert "commit" in found
 
 

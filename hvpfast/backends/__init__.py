@@ -24,7 +24,7 @@ from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec, check_choice
 
 # "auto" takes the first that can run and supports the case.
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 class PenaltyState(Protocol):
@@ -155,7 +155,10 @@ def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
 
 
 class Backend(Protocol):
-    """What the module of a backend provides."""
+    """What the module of a backend provides.
+
+    It may also have ``NAMED_ONLY``: why "auto" passes it over though it can run, or None.
+    """
 
     NAME: str
 
@@ -221,6 +224,8 @@ def choose(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.d
             reason: str | None = module
         else:
             reason = module.unavailable() or module.unsupported(spec, device, dtype)
+            if reason is None and name == "auto":
+                reason = getattr(module, "NAMED_ONLY", None)
             if reason is None:
                 return Choice(module, tuple(passed_over))
         passed_over.append((candidate, reason or ""))

@@ -1,0 +1,264 @@
+"""Triton kernels on CUDA devices: the layers of csrc/cpu fused with their epilogues.
+
+Triton is imported when a state is first made, not before. With TRITON_INTERPRET=1 in the
+environment before this module is imported, Triton's interpreter runs the same kernels on CPU
+tensors, for tests: slowly, and only where this backend is named (``NAMED_ONLY``).
+
+One engine serves one model and M models at once: everything inside has the models in front.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hvpfast.backends import State
+from hvpfast.probes import ProbeSource
+from hvpfast.spec import MLPSpec
+
+if TYPE_CHECKING:
+    from hvpfast.backends.triton_kernels.linearization import Linearization
+    from hvpfast.backends.triton_kernels.penalty import Penalty
+
+NAME = "triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMED_ONLY = "Triton's interpreter is slow, for tests; name it to mean it" if INTERPRETED else None
+MOST_CLASSES = 16384  # all classes of a sample lie in the registers of one program
+
+
+def unavailable() -> str | None:
+    """None, or why Triton cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install hvpfast[triton]"
+    if INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return (
+            "this build of torch has no CUDA; for tests, Triton's interpreter runs on CPU tensors "
+            "when TRITON_INTERPRET=1 is set before Python starts"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA device can be used: none is visible, or its driver is too old for torch"
+    return None
+
+
+def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the kernels cannot take this case."""
+    if spec is None:
+        return "it runs multilayer perceptrons only"
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        where = "CPU tensors (TRITON_INTERPRET=1)" if INTERPRETED else "CUDA tensors"
+        return f"it runs on {where}; these are on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64; these are {dtype}"
+    if spec.sizes[-1] > MOST_CLASSES:
+        return f"it takes at most {MOST_CLASSES} outputs; these are {spec.sizes[-1]}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or newer; {device} has less"
+    return None
+
+
+def linearize(
+    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+) -> TritonState:
+    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
+    from hvpfast.backends.triton_kernels.linearization import Linearization
+
+    rows = params.unsqueeze(0) if isinstance(params, Tensor) else params
+    return TritonState(Linearization(spec, rows, x, y, order), y)
+
+
+def linearize_models(
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
+) -> TritonModelsState:
+    """M states in one: params (M, P), x (M, N, D[0]) or (N, D[0]), y likewise."""
+    from hvpfast.backends.triton_kernels.linearization import Linearization
+
+    return TritonModelsState(Linearization(spec, params, x, y, order), y)
+
+
+class TritonModelsState:
+    """M models of one network, each at its own point; K tangents are (M, K, P)."""
+
+    __slots__ = ("_lin", "_y")
+
+    def __init__(self, lin: Linearization, y: Tensor) -> None:
+        self._lin, self._y = lin, y
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses (M,)."""
+        return self._lin.loss
+
+    @property
+    def loss_values(self) -> list[float]:
+        """The losses as numbers; waits for the device."""
+        return self._lin.loss_values(self._y)
+
+    @property
+    def normalizers(self) -> Tensor:
+        """What the sums of losses were divided by, (M,) float64."""
+        return self._lin.normalizers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._lin.nbytes
+
+    def gradient(self) -> Tensor:
+        """Gradients d loss_m / d params_m, (M, P)."""
+        return self._lin.gradient()
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H_m v_mk, or with ``ggn`` G_m v_mk, (M, K, P)."""
+        from hvpfast.backends.triton_kernels.tangents import hvp
+
+        return hvp(self._lin, tangents, ggn)
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_mk' H_m v_mk, (M, K)."""
+        from hvpfast.backends.triton_kernels.tangents import quadratic
+
+        return quadratic(self._lin, tangents, ggn)
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_mk, H_m v_mk> / d params_m, (M, P)."""
+        from hvpfast.backends.triton_kernels.third_order import hvp_vjp
+
+        return hvp_vjp(self._lin, tangents, cotangents, ggn)
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
+        """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
+        from hvpfast.backends.triton_kernels.penalty import Penalty, draw
+
+        if isinstance(probes, ProbeSource):
+            probes = draw(probes, self._lin.M, self._lin.P, self._lin.like)
+        return TritonModelsPenalty(self._lin, Penalty(self._lin, probes, ggn))
+
+
+class TritonModelsPenalty:
+    """The penalties of M models, for their gradients."""
+
+    __slots__ = ("_lin", "_penalty")
+
+    def __init__(self, lin: Linearization, penalty: Penalty) -> None:
+        self._lin, self._penalty = lin, penalty
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses (M,)."""
+        return self._lin.loss
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalties (M,)."""
+        return self._penalty.value.to(self._lin.like.dtype)
+
+    def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
+        """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""
+        return self._penalty.gradient(g_loss, g_penalty)
+
+
+class TritonState:
+    """One model at its point: the state of one of M = 1 models."""
+
+    __slots__ = ("_lin", "_models")
+
+    def __init__(self, lin: Linearization, y: Tensor) -> None:
+        self._lin, self._models = lin, TritonModelsState(lin, y)
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+        return self._lin.loss[0]
+
+    @property
+    def loss_value(self) -> float:
+        """The loss as a number; waits for the device.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        return self._models.loss_values[0]
+
+    @property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by; waits for the device."""
+        return float(self._lin.normalizers[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._lin.nbytes
+
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,)."""
+        return self._lin.gradient()[0]
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
+        rows = tangents.reshape(1, -1, self._lin.P)
+        return self._models.hvp(rows, ggn).view_as(tangents)
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k, (K,)."""
+        return self._models.quadratic(tangents[None], ggn)[0]
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_k, H v_k> / d params, (P,)."""
+        return self._models.hvp_vjp(tangents[None], cotangents[None], ggn)[0]
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonPenalty:
+        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
+        models = probes if isinstance(probes, ProbeSource) else probes[None]
+        return TritonPenalty(self._models.penalty(models, ggn))
+
+    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
+        """Exact curvature is not there."""
+        raise _no_exact()
+
+    def diagonal(self, ggn: bool) -> Tensor:
+        """Exact curvature is not there."""
+        raise _no_exact()
+
+    def inner_product(self, other: State, ggn: bool, chosen: Sequence[bool]) -> float:
+        """Exact curvature is not there."""
+        raise _no_exact()
+
+    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> TritonPenalty:
+        """Exact curvature is not there."""
+        raise _no_exact()
+
+
+class TritonPenalty:
+    """The penalty of one model, for its gradient."""
+
+    __slots__ = ("_models",)
+
+    def __init__(self, models: TritonModelsPenalty) -> None:
+        self._models = models
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim."""
+        return self._models.loss[0]
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim."""
+        return self._models.penalty[0]
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
+        return self._models.gradient(g_loss, g_penalty)[0]
+
+
+def _no_exact() -> NotImplementedError:
+    return NotImplementedError(
+        "the triton backend has no exact curvature; the backends 'cpu' and 'reference' have it"
+    )

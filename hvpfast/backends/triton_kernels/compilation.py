@@ -1,0 +1,192 @@
+"""Every kernel compiled ahead of time, without a GPU: registers, shared memory and spills.
+
+The variants are those that the engine launches on representative problems: their launches are
+recorded on tensors without memory, and compiled as Triton would compile them on a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hvpfast.backends.triton_kernels.activations import JETS
+from hvpfast.backends.triton_kernels.launch import Launch, recording
+from hvpfast.backends.triton_kernels.linearization import Linearization
+from hvpfast.backends.triton_kernels.penalty import Penalty, draw
+from hvpfast.backends.triton_kernels.tangents import hvp, quadratic
+from hvpfast.backends.triton_kernels.third_order import hvp_vjp
+from hvpfast.probes import ProbeSource
+from hvpfast.spec import MLPSpec
+
+CAPABILITIES = (80, 90)
+DTYPES = (torch.float32, torch.float64)
+_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class KernelRecord:
+    """One variant of a kernel on one architecture, as its binary says."""
+
+    kernel: str
+    variant: str  # the terms that are absent, and the compile-time arguments
+    dtype: str
+    capability: int
+    num_warps: int
+    registers: int  # per thread
+    shared_bytes: int  # per program
+    spill_bytes: int  # local memory per thread
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A shape whose launches are compiled: M models, N samples, K tangents."""
+
+    spec: MLPSpec
+    M: int
+    N: int
+    K: int
+
+
+def problems() -> list[Problem]:
+    """Shapes that meet every kernel, every activation, small and large tiles, and torch's GEMMs."""
+    small = (40, 32, 10)
+    return [
+        *(Problem(MLPSpec(small, activation), 451, 64, 4) for activation in JETS),
+        Problem(MLPSpec((3072, 256, 100), "tanh"), 1, 64, 3),
+        Problem(MLPSpec((128, 128, 128, 10), "relu"), 8, 256, 2),
+        Problem(MLPSpec((128, 128, 10), "gelu", "mse", bias=False), 64, 256, 2),
+        Problem(MLPSpec((784, 1024, 512, 10), "tanh"), 1, 512, 1),
+        Problem(MLPSpec((20, 1000), class_weights=(1.0,) * 1000, label_smoothing=0.1), 1, 512, 2),
+    ]
+
+
+def launches(problem: Problem, dtype: torch.dtype) -> list[Launch]:
+    """What every operation of the contract launches on a problem; nothing is run."""
+    spec, M, N, K = problem.spec, problem.M, problem.N, problem.K
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    y = meta(M, N, spec.sizes[-1])
+    if spec.loss == "cross_entropy":
+        y = torch.empty(M, N, dtype=torch.int64, device="meta")
+    tangents = meta(M, K, spec.num_params)
+    with recording() as recorded:
+        lin = Linearization(spec, meta(M, spec.num_params), meta(M, N, spec.sizes[0]), y, 3)
+        lin.gradient()
+        for ggn in (False, True):
+            hvp(lin, tangents, ggn)
+            quadratic(lin, tangents, ggn)
+            hvp_vjp(lin, tangents, tangents, ggn)
+            Penalty(lin, tangents, ggn).gradient(1.0, 1.0)
+        for distribution in ("rademacher", "normal"):
+            draw(ProbeSource(K, distribution, 0), M, spec.num_params, tangents)
+    return recorded
+
+
+def kernel_records(
+    chosen: Iterable[Problem] | None = None,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    capabilities: Iterable[int] = CAPABILITIES,
+) -> list[dict[str, Any]]:
+    """Compile every variant that the problems launch; one record each, see :class:`KernelRecord`.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where kernels cannot be compiled.
+        triton.CompilationError: a kernel does not compile.
+    """
+    capabilities = tuple(capabilities)
+    records = []
+    for dtype in dtypes:
+        variants: dict[tuple[str, str, int], Launch] = {}
+        for problem in problems() if chosen is None else chosen:
+            for launch in launches(problem, dtype):
+                variants.setdefault(
+                    (launch.kernel.__name__, _variant(launch), _num_warps(launch)), launch
+                )
+        for launch in variants.values():
+            records += [asdict(_compile(launch, dtype, c)) for c in capabilities]
+    return records
+
+
+def _num_warps(launch: Launch) -> int:
+    return int(launch.constants.get("num_warps", 4))
+
+
+def _parameters(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
+    """(name, value, whether it is a compile-time argument) of each parameter in order."""
+    names = launch.kernel.arg_names
+    yield from ((n, v, v is None) for n, v in zip(names, launch.arguments, strict=False))
+    for name in names[len(launch.arguments) :]:
+        yield name, launch.constants[name], True
+
+
+def _variant(launch: Launch) -> str:
+    absent = [name for name, value, _ in _parameters(launch) if value is None]
+    constants = [
+        f"{name}={getattr(value, '__name__', value)}"
+        for name, value, constant in _parameters(launch)
+        if constant and value is not None
+    ]
+    return " ".join([*(["without " + ",".join(absent)] if absent else []), *constants])
+
+
+def _compile(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecord:
+    kernel = launch.kernel
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    signature, constants, attributes = {}, {}, {}
+    aligned = [["tt.divisibility", 16]]
+    for i, (name, value, constant) in enumerate(_parameters(launch)):
+        specialised = kernel.params[i].do_not_specialize is False
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                attributes[(i,)] = aligned
+        elif constant or (value == 1 and specialised):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                attributes[(i,)] = aligned
+    options = {k: v for k, v in launch.constants.items() if k not in kernel.arg_names}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    usage = _usage(compiled.asm["cubin"])
+    return KernelRecord(
+        kernel.__name__,
+        _variant(launch),
+        _TYPES[dtype],
+        capability,
+        _num_warps(launch),
+        usage["REG"],
+        compiled.metadata.shared,
+        max(usage["STACK"], usage["LOCAL"]),
+    )
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Resources of the one kernel of a binary: REG, STACK, LOCAL, ..."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    line = report.strip().splitlines()[-1]
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    if not {"REG", "STACK", "LOCAL"} <= usage.keys():
+        raise RuntimeError(f"cuobjdump does not report the use of resources: {report}")
+    return usage

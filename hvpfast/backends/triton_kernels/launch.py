@@ -1,0 +1,47 @@
+"""How a kernel is started: the one place through which every launch goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: what ahead-of-time compilation needs to know."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]  # tensors, integers and None
+    constants: dict[str, Any]  # compile-time arguments and options of the compiler
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; what they would write is left as it is."""
+    global _recorded
+    _recorded, before = [], _recorded
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run ``programs`` programs of a kernel on the current stream of its first tensor's device."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, constants))
+    elif programs > 0:
+        device = next(a.get_device() for a in arguments if isinstance(a, Tensor))
+        if device < 0 or device == torch.cuda.current_device():
+            kernel[(programs,)](*arguments, **constants)
+        else:
+            with torch.cuda.device(device):
+                kernel[(programs,)](*arguments, **constants)

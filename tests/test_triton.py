@@ -1,0 +1,167 @@
+"""The triton backend without a GPU: its reasons, its kernels interpreted, its kernels compiled."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case
+
+import hvpfast as hf
+from hvpfast.backends import triton
+
+TESTS = Path(__file__).parent
+KERNELS = Path(hf.__file__).parent / "backends" / "triton_kernels"
+
+
+def axes(case: Case) -> dict[str, object]:
+    s = case.spec
+    return {
+        "activation": s.activation,
+        "loss": s.loss,
+        "reduction": s.reduction,
+        "bias": s.bias,
+        "depth": s.num_layers,
+        "dtype": case.dtype,
+    }
+
+
+def pairs(case: Case) -> set[tuple[object, ...]]:
+    return {(*a, *b) for a, b in itertools.combinations(axes(case).items(), 2)}
+
+
+def covering_cases() -> list[Case]:
+    """Few small cases with every pair of values of two axes, the options, and several tiles."""
+    # a linear model does not use its activation
+    small = [c for c in CASES if c.N * max(c.K, 1) * sum(c.spec.sizes) <= 900 and c.K <= 3]
+    missing = set().union(*(pairs(c) for c in small if c.spec.num_layers > 1))
+    chosen: list[Case] = []
+    while missing:
+        best = max(small, key=lambda c: (len(pairs(c) & missing), c.N))
+        chosen.append(best)
+        missing -= pairs(best)
+    options = [c for c in CASES if c.spec.class_weights and c.spec.label_smoothing and c.N <= 13]
+    weighted = {(c.dtype, c.spec.ignore_index): c for c in options}
+    linear = {c.dtype: c for c in small if c.spec.num_layers == 1}
+    none = {c.dtype: c for c in CASES if c.K == 0 and c.N == 9}
+    tiles = [c for c in CASES if c.N == 65 and c.K in (2, 3) and c.dtype == torch.float32]
+    cases = [*chosen, *weighted.values(), *linear.values(), *none.values(), *tiles]
+    return list(dict.fromkeys(cases))
+
+
+def test_cover_is_complete() -> None:
+    cases = covering_cases()
+    seen = set().union(*(pairs(c) for c in cases))
+    names = ("activation", "loss", "reduction", "bias", "dtype")
+    for a, b in itertools.combinations(names, 2):
+        values = {(axes(c)[a], axes(c)[b]) for c in CASES}
+        assert all((a, v, b, w) in seen for v, w in values), (a, b)
+    assert {c.spec.num_layers for c in cases} == {1, 2, 3, 4}
+    assert {c.layout for c in cases} == {"flat", "layers"}
+    assert {c.strided for c in cases} == {False, True}
+    assert {c.drawn for c in cases} == {False, True}
+
+
+def test_kernels_interpreted() -> None:
+    """The conformance body and the kernels' own tests, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    bodies = [
+        f"{TESTS / 'test_conformance.py'}::test_conformance[triton-{case}]"
+        for case in covering_cases()
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, *bodies, str(TESTS / "test_triton_kernels.py")],
+        env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = run.stdout.strip().splitlines()[-1]
+    passed = re.match(r"(\d+) passed in", summary)  # none skipped
+    assert passed, summary
+    assert int(passed[1]) > len(bodies)
+
+
+def test_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert "pip install hvpfast[triton]" in str(triton.unavailable())
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "no CUDA" in str(triton.unavailable())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "driver" in str(triton.unavailable())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert triton.unavailable() is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "dtype", "reason"),
+    [
+        (None, "cuda", torch.float32, "multilayer perceptrons only"),
+        (hf.MLPSpec((3, 4)), "cpu", torch.float32, "on CUDA tensors; these are on cpu"),
+        (hf.MLPSpec((3, 4)), "cuda", torch.bfloat16, "these are torch.bfloat16"),
+        (hf.MLPSpec((3, 16385)), "cuda", torch.float32, "at most 16384 outputs"),
+        (hf.MLPSpec((3, 4)), "cuda", torch.float64, "capability 8.0 or newer"),
+    ],
+)
+def test_unsupported(
+    spec: hf.MLPSpec | None,
+    device: str,
+    dtype: torch.dtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert reason in str(triton.unsupported(spec, torch.device(device), dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    good = triton.unsupported(hf.MLPSpec((3, 4)), torch.device("cuda"), torch.float64)
+    assert good is None
+
+
+def test_triton_is_not_imported_unasked() -> None:
+    code = (
+        "import sys, hvpfast as hf; hf.available(); "
+        "assert 'triton.language' not in sys.modules, 'imported'"
+    )
+    # torch itself may import triton; it does not without its compiler
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def kernel_names() -> set[str]:
+    """Every function that is launched: its body asks which program it is, or for its tile."""
+    names = set()
+    for file in KERNELS.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if not isinstance(node, ast.FunctionDef) or node.name == "own_tile":
+                continue
+            jitted = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+            text = ast.unparse(node)
+            if jitted and ("program_id" in text or "own_tile(" in text):
+                names.add(node.name)
+    return names
+
+
+@pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
+def test_kernels_compile_without_spills() -> None:
+    pytest.importorskip("triton")
+    from hvpfast.backends.triton_kernels.compilation import kernel_records
+
+    records = kernel_records()
+    for capability, dtype in itertools.product((80, 90), ("fp32", "fp64")):
+        found = {
+            r["kernel"] for r in records if (r["capability"], r["dtype"]) == (capability, dtype)
+        }
+        assert found == kernel_names()
+    spilled = [r for r in records if r["spill_bytes"] > 0]
+    assert not spilled, spilled
+    assert all(0 < r["registers"] <= 255 and r["shared_bytes"] <= 99 * 1024 for r in records)

@@ -1,0 +1,185 @@
+"""The triton backend where it can run: a CUDA device, or Triton's interpreter on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, problem
+from helpers import assert_within_reference_error, oracle
+from torch import Tensor
+
+import hvpfast as hf
+from hvpfast.backends import cpu, reference, triton
+from hvpfast.probes import ProbeSource, numpy_rows
+
+_reason = hf.available()["triton"]
+pytestmark = pytest.mark.skipif(_reason is not None, reason=f"triton: {_reason}")
+DEVICE = torch.device("cpu" if triton.INTERPRETED else "cuda")
+CURVATURES = ("hessian", "ggn")
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+def operations(state: triton.TritonState, V: Tensor, U: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every operation for rows V, U (K, P); names are the oracle's."""
+    yield "loss", state.loss
+    yield "gradient", state.gradient()
+    for ggn, curvature in enumerate(CURVATURES):
+        yield f"{curvature} product", state.hvp(V, bool(ggn)).T
+        yield f"{curvature} quadratic", state.quadratic(V, bool(ggn))
+        yield f"{curvature} vjp", state.hvp_vjp(V, U, bool(ggn))
+        penalty = state.penalty(V, bool(ggn))
+        yield f"{curvature} penalty", penalty.penalty
+        yield f"{curvature} penalty gradient", penalty.gradient(0.0, 1.0)
+
+
+def check(case: Case) -> None:
+    q = problem(case)
+    flat, x, y, V, U = on_device(q.flat, q.x, q.y, q.tangents.T, q.cotangents.T)
+    state = triton.linearize(case.spec, flat, x.contiguous(), y, 3)
+    rows = V.contiguous(), U.contiguous()
+    tensors = (q.flat, q.x, q.y, q.tangents, q.cotangents)
+    own = oracle(case.spec, *tensors)
+    truth = oracle(case.spec, *(t.double() if t.is_floating_point() else t for t in tensors))
+    for name, actual in operations(state, *rows):
+        assert_within_reference_error(actual.cpu(), truth[name], own[name], f"{case} {name}")
+
+
+@pytest.fixture
+def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every product is left to torch."""
+    from hvpfast.backends.triton_kernels import gemm
+
+    asked = []
+
+    def always(*arguments: object) -> bool:
+        asked.append(arguments)
+        return True
+
+    monkeypatch.setattr(gemm, "torch_is_faster", always)
+    yield
+    assert asked
+
+
+@pytest.mark.usefixtures("torch_multiplies")
+@pytest.mark.parametrize(
+    ("sizes", "activation", "bias"),
+    [((5, 7, 6, 3), "tanh", True), ((4, 5, 3), "relu", False), ((6, 2), "identity", True)],
+)
+def test_products_left_to_torch(sizes: tuple[int, ...], activation: str, bias: bool) -> None:
+    check(Case(hf.MLPSpec(sizes, activation, bias=bias), 6, 2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_first_layer_by_samples(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """||u_1||^2 and u_1 [x; 1] from the samples' inner products, where u_1 is never formed."""
+    from hvpfast.backends.triton_kernels import penalty
+
+    monkeypatch.setattr(penalty, "LEAST_GRAM_WEIGHTS", 1)
+    calls = []
+    first_layer = penalty._first_layer
+    monkeypatch.setattr(penalty, "_first_layer", lambda *a: (calls.append(a), first_layer(*a))[1])
+    check(Case(hf.MLPSpec((40, 6, 5, 3), "gelu", "mse", bias=bias), 5, 2))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "normal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("seed", "first"), [(0xFEDCBA9876543210, 7), (1, 2**32 - 4), (16, 0)])
+def test_probes_are_bit_equal(distribution: str, dtype: torch.dtype, seed: int, first: int) -> None:
+    from hvpfast.backends.triton_kernels.penalty import draw
+
+    source = ProbeSource(2, distribution, seed, first)
+    like = torch.empty(0, dtype=dtype, device=DEVICE)
+    for P in (1, 1037, 4096):
+        drawn = draw(source, 2, P, like)
+        expected = numpy_rows(ProbeSource(4, distribution, seed, first), P)
+        assert torch.equal(drawn.cpu().view(4, P), torch.from_numpy(expected).to(dtype))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_models_equal_single_models(shared: bool, loss: str) -> None:
+    """M models at once are bit for bit the models one by one."""
+    M, N, K = 3, 7, 2
+    spec = hf.MLPSpec((5, 6, 4), "silu", loss, ignore_index=2 if loss != "mse" else -100)
+    g = torch.Generator().manual_seed(3)
+    params = torch.randn(M, spec.num_params, generator=g).to(DEVICE)
+    lead = () if shared else (M,)
+    x = torch.randn(*lead, N, 5, generator=g).to(DEVICE)
+    y = torch.randint(0, 4, (*lead, N), generator=g).to(DEVICE)
+    if loss == "mse":
+        y = torch.randn(*lead, N, 4, generator=g).to(DEVICE)
+    V = torch.randn(M, K, spec.num_params, generator=g).to(DEVICE)
+    U = torch.randn(M, K, spec.num_params, generator=g).to(DEVICE)
+    source = ProbeSource(K, "rademacher", 5, 10)
+    models = triton.linearize_models(spec, params, x, y, 3)
+    together, drawn = models.penalty(V, False), models.penalty(source, True)
+    for m in range(M):
+        x_m, y_m = (x, y) if shared else (x[m], y[m])
+        one = triton.linearize(spec, params[m], x_m, y_m, 3)
+        assert models.loss_values[m] == one.loss_value
+        assert float(models.normalizers[m]) == one.normalizer
+        pairs = [
+            (models.loss[m], one.loss),
+            (models.gradient()[m], one.gradient()),
+            (models.hvp(V, False)[m], one.hvp(V[m], False)),
+            (models.hvp(V, True)[m], one.hvp(V[m], True)),
+            (models.quadratic(V, False)[m], one.quadratic(V[m], False)),
+            (models.hvp_vjp(V, U, False)[m], one.hvp_vjp(V[m], U[m], False)),
+            (together.penalty[m], one.penalty(V[m], False).penalty),
+            (together.gradient(0.5, 2.0)[m], one.penalty(V[m], False).gradient(0.5, 2.0)),
+        ]
+        alone = one.penalty(ProbeSource(K, "rademacher", 5, 10 + m * K), True)
+        pairs += [
+            (drawn.penalty[m], alone.penalty),
+            (drawn.gradient(1.0, 1.0)[m], alone.gradient(1.0, 1.0)),
+        ]
+        for i, (of_models, of_one) in enumerate(pairs):
+            assert torch.equal(of_models, of_one), i
+
+
+def test_labels_out_of_range_are_told_when_the_loss_is_read() -> None:
+    spec = hf.MLPSpec((3, 4))
+    x = torch.zeros(2, 5, 3, device=DEVICE)
+    y = torch.tensor([[0, 1, 2, 3, 0], [0, -100, 3, 4, -1]], device=DEVICE)
+    models = triton.linearize_models(spec, torch.zeros(2, 16, device=DEVICE), x, y, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"got y\[3\] = 4\. Is the last layer"):
+            _ = models.loss_values
+
+
+def test_nothing_counts() -> None:
+    spec = hf.MLPSpec((3, 4))
+    x, y = torch.zeros(2, 3, device=DEVICE), torch.full((2,), -100, device=DEVICE)
+    with pytest.raises(ValueError, match="the mean cross-entropy is undefined"):
+        hf.linearize(spec, torch.zeros(16, device=DEVICE), x, y, backend="triton")
+
+
+def test_exact_curvature_names_the_backends_that_have_it() -> None:
+    spec = hf.MLPSpec((3, 4), loss="mse")
+    x, y = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
+    lin = hf.linearize(spec, torch.zeros(16, device=DEVICE), x, y, backend="triton")
+    chosen = [True, True]
+    for call in (
+        lambda: lin.state.sample_traces(False, chosen),
+        lambda: lin.state.diagonal(False),
+        lambda: lin.state.inner_product(lin.state, False, chosen),
+        lambda: lin.state.exact_penalty("trace", False, chosen),
+    ):
+        with pytest.raises(NotImplementedError, match="'cpu' and 'reference' have it"):
+            call()
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="on CPU tensors the interpreter only")
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = hf.MLPSpec((3, 4))
+    monkeypatch.setattr(cpu, "unavailable", lambda: "not built")
+    choice = hf.backends.choose("auto", spec, torch.device("cpu"), torch.float32)
+    assert choice.module is reference
+    assert ("triton", triton.NAMED_ONLY) in choice.passed_over
+    assert hf.backends.resolve("triton", spec, torch.device("cpu"), torch.float32) is triton
