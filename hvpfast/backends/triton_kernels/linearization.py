@@ -179,7 +179,7 @@ class Linearization:
                 z_bar, y, self.summary, self.weight, z_bar, parts, N, C, y_m,
                 ROWS=rows, CLASSES=classes, num_warps=num_warps,
             )  # fmt: skip
-        self.summary[:, 0] = parts.sum(1)
+        torch.div(parts.sum(1), self.summary[:, 1], out=self.summary[:, 0])
 
     def _backward(self) -> None:
         N, M = self.N, self.M

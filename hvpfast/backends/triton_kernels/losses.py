@@ -44,13 +44,20 @@ def weigh_labels(
 
 
 @triton.jit
+def _inverse(normalizer):
+    """1 / normalizer; where nothing counts the loss is 0 / 0, and the rest does not matter."""
+    n = tl.load(normalizer)
+    return 1.0 / tl.where(n > 0, n, 1.0)
+
+
+@triton.jit
 def cross_entropy_gradient(
     z, y, class_weights, summary, p, weight, z_bar, parts,
     N, C, y_m, ignore_index,
     SMOOTHING: tl.constexpr, SMOOTH_MASS: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of the loss."""
+    """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -68,7 +75,7 @@ def cross_entropy_gradient(
     log_sum = (tl.log(total) + top).to(tl.float64)
 
     # Masses in float64: (1 - smoothing) c_y on the label, smoothing c / C on every class.
-    inverse = 1.0 / tl.load(summary + 3 * m + 1)
+    inverse = _inverse(summary + 3 * m + 1)
     label_mass = tl.where(counts, 1.0, 0.0).to(tl.float64)
     if class_weights is not None:
         label_mass = tl.load(class_weights + label, mask=counts, other=0.0)
@@ -91,7 +98,7 @@ def cross_entropy_gradient(
     tl.store(p + own, probability, mask=inside)
     tl.store(weight + m * N + n, w, mask=n < N)
     tl.store(z_bar + own, bar, mask=inside)
-    tl.store(parts + tl.program_id(0), tl.sum(loss, 0) * inverse)
+    tl.store(parts + tl.program_id(0), tl.sum(loss, 0))
 
 
 @triton.jit
@@ -100,7 +107,7 @@ def squared_error_gradient(
     N, C, y_m,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of the loss."""
+    """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -109,12 +116,12 @@ def squared_error_gradient(
     at = n.to(tl.int64)[:, None] * C + c[None, :]
     error = tl.load(z + m * N * C + at, mask=inside, other=0.0)
     error -= tl.load(y + m * y_m + at, mask=inside, other=0.0)
-    inverse = 1.0 / tl.load(summary + 3 * m + 1)
+    inverse = _inverse(summary + 3 * m + 1)
     w = (2 * inverse).to(z.dtype.element_ty)
     tl.store(weight + m * N + n, w + tl.zeros((ROWS,), w.dtype), mask=n < N)
     tl.store(z_bar + m * N * C + at, w * error, mask=inside)
     squares = tl.sum(tl.sum((error * error).to(tl.float64), 1), 0)
-    tl.store(parts + tl.program_id(0), squares * inverse)
+    tl.store(parts + tl.program_id(0), squares)
 
 
 @triton.jit
