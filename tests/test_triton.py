@@ -128,6 +128,40 @@ def test_unsupported(
     assert good is None
 
 
+def test_nothing_waits_for_the_device_or_reads_it() -> None:
+    """Every operation goes through on tensors that have no values."""
+    pytest.importorskip("triton")
+    from hvpfast.backends.triton_kernels.compilation import launches, problems
+
+    for problem in problems():
+        assert len(launches(problem, torch.float32)) > 20
+
+
+def test_products_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones and long sums, in full precision or not at all."""
+    pytest.importorskip("triton")
+    from hvpfast.backends.triton_kernels.gemm import torch_is_faster
+
+    single, double = torch.empty(0), torch.empty(0, dtype=torch.float64)
+    large, long = (512, 1024, 784, 1), (64, 256, 3072, 3)
+    assert torch_is_faster(*large, single)
+    assert torch_is_faster(*long, single)
+    assert not torch_is_faster(64, 32, 40, 451 * 100, single), "many small ones"
+    assert not torch_is_faster(64, 256, 100, 3, single), "few short sums"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not torch_is_faster(*large, single)
+        assert torch_is_faster(*large, double)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+    def mixed_settings() -> str:
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed_settings)
+    assert not torch_is_faster(*large, single)
+
+
 def test_triton_is_not_imported_unasked() -> None:
     code = (
         "import sys, hvpfast as hf; hf.available(); "

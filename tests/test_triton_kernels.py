@@ -158,8 +158,12 @@ def test_labels_out_of_range_are_told_when_the_loss_is_read() -> None:
     y = torch.tensor([[0, 1, 2, 3, 0], [0, -100, 3, 4, -1]], device=DEVICE)
     models = triton.linearize_models(spec, torch.zeros(2, 16, device=DEVICE), x, y, 3)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"got y\[3\] = 4\. Is the last layer"):
-            _ = models.loss_values
+        with pytest.raises(ValueError, match=r"^model 1: labels .* got y\[3\] = 4\. Is the last"):
+            _ = models.loss
+    one = triton.linearize(spec, torch.zeros(16, device=DEVICE), x[0], y[1], 3)
+    with pytest.raises(ValueError, match=r"^labels must be in \[0, 4\) .* got y\[3\] = 4"):
+        _ = one.loss_value
+    assert one.penalty(ProbeSource(1, "normal", 0), False).loss.isnan(), "unread, never a number"
 
 
 def test_nothing_counts() -> None:

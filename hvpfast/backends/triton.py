@@ -85,19 +85,33 @@ def linearize_models(
 class TritonModelsState:
     """M models of one network, each at its own point; K tangents are (M, K, P)."""
 
-    __slots__ = ("_lin", "_y")
+    __slots__ = ("_lin", "_read", "_y")
 
     def __init__(self, lin: Linearization, y: Tensor) -> None:
         self._lin, self._y = lin, y
+        self._read = False  # whether the losses were, and labels out of range told
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,)."""
+        """The losses (M,). Read first, it waits for the device, unless a graph is captured.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        if not self._read and not self._capturing():
+            self._read = bool(self.loss_values)
         return self._lin.loss
+
+    def _capturing(self) -> bool:
+        return self._y.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def loss_values(self) -> list[float]:
-        """The losses as numbers; waits for the device."""
+        """The losses as numbers; waits for the device.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
         return self._lin.loss_values(self._y)
 
     @property
@@ -174,8 +188,8 @@ class TritonState:
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self._lin.loss[0]
+        """The loss, 0-dim; as :attr:`TritonModelsState.loss`."""
+        return self._models.loss[0]
 
     @property
     def loss_value(self) -> float:

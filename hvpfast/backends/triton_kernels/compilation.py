@@ -65,6 +65,7 @@ def problems() -> list[Problem]:
         Problem(MLPSpec((3072, 256, 100), "tanh"), 1, 64, 3),
         Problem(MLPSpec((128, 128, 128, 10), "relu"), 8, 256, 2),
         Problem(MLPSpec((128, 128, 10), "gelu", "mse", bias=False), 64, 256, 2),
+        Problem(MLPSpec((40, 32, 10), reduction="sum"), 451, 64, 4),
         Problem(MLPSpec((784, 1024, 512, 10), "tanh"), 1, 512, 1),
         Problem(MLPSpec((20, 1000), class_weights=(1.0,) * 1000, label_smoothing=0.1), 1, 512, 2),
     ]

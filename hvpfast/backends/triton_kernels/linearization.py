@@ -68,7 +68,6 @@ class Linearization:
         self.a[0] = x if x.dim() == 3 else x.unsqueeze(0)
         self.s1, self.s2, self.z_bar = no_layers(L), no_layers(L), no_layers(L)
         self.z, self.a_bar = no_layers(L), no_layers(L)
-        self._labels_checked = False
         keep = order == 3 and self.smooth
         for l in range(1, L):
             self.a[l], self.s1[l], self.z_bar[l] = (self.residual(l) for _ in range(3))
@@ -121,13 +120,13 @@ class Linearization:
             ValueError: a label is out of range.
         """
         values = self.summary.tolist()
-        if not self._labels_checked and self.spec.loss == "cross_entropy":
+        if self.spec.loss == "cross_entropy":
             for m, (_, _, first_wrong) in enumerate(values):
                 if (n := int(first_wrong)) < self.N:
                     labels = y if y.dim() == 1 else y[m]
                     label, classes = int(labels[n]), self.D[self.L]
-                    raise ValueError(label_message(label, n, classes, self.spec.ignore_index))
-        self._labels_checked = True
+                    message = label_message(label, n, classes, self.spec.ignore_index)
+                    raise ValueError(message if y.dim() == 1 else f"model {m}: {message}")
         return [loss for loss, _, _ in values]
 
     def _forward(self) -> None:

@@ -65,7 +65,9 @@ def cross_entropy_gradient(
     inside = (n[:, None] < N) & (c[None, :] < C)
     own = m * N * C + n.to(tl.int64)[:, None] * C + c[None, :]
     label = tl.load(y + m * y_m + n, mask=n < N, other=0)
-    counts = (n < N) & (label != ignore_index) & (label >= 0) & (label < C)
+    in_range = (label >= 0) & (label < C)
+    counts = (n < N) & (label != ignore_index) & in_range
+    wrong = (n < N) & (label != ignore_index) & ~in_range
     logits = tl.load(z + own, mask=inside, other=0.0)
     logits = tl.where(c[None, :] < C, logits, -float("inf"))
     top = tl.max(logits, 1)  # exp overflows above 88 in float32
@@ -98,6 +100,7 @@ def cross_entropy_gradient(
     tl.store(p + own, probability, mask=inside)
     tl.store(weight + m * N + n, w, mask=n < N)
     tl.store(z_bar + own, bar, mask=inside)
+    loss = tl.where(wrong, float("nan"), loss)  # never a number, read or not
     tl.store(parts + tl.program_id(0), tl.sum(loss, 0))
 
 

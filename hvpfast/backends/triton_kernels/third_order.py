@@ -39,7 +39,7 @@ from hvpfast.backends.triton_kernels.losses import loss_mixed
 from hvpfast.backends.triton_kernels.network import Layers, Rows, given, no_layers
 from hvpfast.backends.triton_kernels.products import mixed_product_layer
 from hvpfast.backends.triton_kernels.tangents import Streams, r_backward, r_forward
-from hvpfast.backends.triton_kernels.tiles import num_tiles, tile_of
+from hvpfast.backends.triton_kernels.tiles import MIXED_SIDE, num_tiles, tile_of
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _forward(
         mixed.z[l] = lin.residual(l)
         if l < L:
             mixed.a[l] = lin.residual(l)
-        tile = tile_of(N, d, M)
+        tile = tile_of(N, d, M, MIXED_SIDE)
         launch(
             mixed_forward_layer, M * num_tiles(N, d, tile),
             a_uv, a_v, a_u, W, V, U, sums,
@@ -143,7 +143,7 @@ def _backward(
                 factor = rows.W_of_models(l + 1, M)
                 gemm.multiply_each(bar, factor, sums[at : at + K].transpose(0, 1))
         mixed.z_bar[l] = lin.residual(l)
-        tile = tile_of(N, d, M)
+        tile = tile_of(N, d, M, MIXED_SIDE)
         launch(
             mixed_backward_layer, M * num_tiles(N, d, tile),
             bar_uv, bar_v, bar_u, W, V, U, sums,

@@ -18,12 +18,13 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+MIXED_SIDE = 32  # largest tile of the mixed passes: a third product's operands must not spill
 _WHOLE_DEVICE = 264  # programs that keep an H100 (132 multiprocessors) busy
 
 
-def tile_of(rows: int, columns: int, batch: int) -> Tile:
+def tile_of(rows: int, columns: int, batch: int, largest: int = 64) -> Tile:
     """The tile for ``batch`` outputs (rows, columns): large ones only where there are enough."""
-    side = 64
+    side = largest
     if batch * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) < _WHOLE_DEVICE:
         side = 32
     # tl.dot takes powers of two from 16 on
