@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMED_ONLY = "Triton's interpreter is slow, for tests; name it to mean it" if INTERPRETED else None
-MOST_CLASSES = 16384  # all classes of a sample lie in the registers of one program
+MOST_CLASSES = 8192  # all classes of a sample lie in the registers of one program
 
 
 def unavailable() -> str | None:

@@ -44,7 +44,8 @@ class KernelRecord:
     num_warps: int
     registers: int  # per thread
     shared_bytes: int  # per program
-    spill_bytes: int  # local memory per thread
+    spill_stores: int  # instructions that write registers to local memory, and read them back
+    spill_loads: int
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,21 @@ class Problem:
     M: int
     N: int
     K: int
+    ggn: bool = False  # of the ggn too, beside the Hessian
 
 
 def problems() -> list[Problem]:
     """Shapes that meet every kernel, every activation, small and large tiles, and torch's GEMMs."""
     small = (40, 32, 10)
     return [
-        *(Problem(MLPSpec(small, activation), 451, 64, 4) for activation in JETS),
+        *(Problem(MLPSpec(small, a), 451, 64, 4, ggn=a in ("relu", "tanh")) for a in JETS),
         Problem(MLPSpec((3072, 256, 100), "tanh"), 1, 64, 3),
-        Problem(MLPSpec((128, 128, 128, 10), "relu"), 8, 256, 2),
+        Problem(MLPSpec((128, 128, 128, 10), "relu"), 8, 256, 2, ggn=True),
         Problem(MLPSpec((128, 128, 10), "gelu", "mse", bias=False), 64, 256, 2),
         Problem(MLPSpec((40, 32, 10), reduction="sum"), 451, 64, 4),
         Problem(MLPSpec((784, 1024, 512, 10), "tanh"), 1, 512, 1),
         Problem(MLPSpec((20, 1000), class_weights=(1.0,) * 1000, label_smoothing=0.1), 1, 512, 2),
+        Problem(MLPSpec((8, 8192)), 1, 64, 2),
     ]
 
 
@@ -85,7 +88,7 @@ def launches(problem: Problem, dtype: torch.dtype) -> list[Launch]:
     with recording() as recorded:
         lin = Linearization(spec, meta(M, spec.num_params), meta(M, N, spec.sizes[0]), y, 3)
         lin.gradient()
-        for ggn in (False, True):
+        for ggn in (False, True)[: 1 + problem.ggn]:
             hvp(lin, tangents, ggn)
             quadratic(lin, tangents, ggn)
             hvp_vjp(lin, tangents, tangents, ggn)
@@ -166,28 +169,33 @@ def _compile(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecor
         target=GPUTarget("cuda", capability, 32),
         options=options,
     )
-    usage = _usage(compiled.asm["cubin"])
+    registers, code = _disassembled(compiled.asm["cubin"])
     return KernelRecord(
         kernel.__name__,
         _variant(launch),
         _TYPES[dtype],
         capability,
         _num_warps(launch),
-        usage["REG"],
+        registers,
         compiled.metadata.shared,
-        max(usage["STACK"], usage["LOCAL"]),
+        len(re.findall(r"\bSTL\b", code)),
+        len(re.findall(r"\bLDL\b", code)),
     )
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
-    """Resources of the one kernel of a binary: REG, STACK, LOCAL, ..."""
+def _disassembled(cubin: bytes) -> tuple[int, str]:
+    """Registers and code of the one kernel of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    line = report.strip().splitlines()[-1]
-    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
-    if not {"REG", "STACK", "LOCAL"} <= usage.keys():
-        raise RuntimeError(f"cuobjdump does not report the use of resources: {report}")
-    return usage
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, code = (
+            subprocess.run(
+                [tool, option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers = re.search(r"\bREG:(\d+)", usage)
+    if registers is None or "EXIT" not in code:
+        raise RuntimeError(f"cuobjdump does not show the kernel: {usage}{code}")
+    return int(registers[1]), code

@@ -233,7 +233,8 @@ def counts(sums: Tensor | None) -> tuple[int, int]:
 def loss_tile(classes: int) -> tuple[int, int, int]:
     """(samples, classes, warps) of one program of a loss kernel: all classes of some samples."""
     width = max(16, triton.next_power_of_2(classes))
-    return max(1, min(64, 2048 // width)), width, 4 if width <= 2048 else 8
+    rows = max(1, min(64, 2048 // width))
+    return rows, width, max(1, rows * width // 256)  # 8 entries per thread
 
 
 @functools.lru_cache(maxsize=256)

@@ -45,7 +45,10 @@ def weigh_labels(
 
 @triton.jit
 def _inverse(normalizer):
-    """1 / normalizer; where nothing counts the loss is 0 / 0, and the rest does not matter."""
+    """1 / normalizer; where nothing counts the loss is 0 / 0, and the rest does not matter.
+
+    First in a kernel: a division in float64 is a call, around which registers would be saved.
+    """
     n = tl.load(normalizer)
     return 1.0 / tl.where(n > 0, n, 1.0)
 
@@ -60,6 +63,7 @@ def cross_entropy_gradient(
     """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
+    inverse = _inverse(summary + 3 * m + 1)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CLASSES)
     inside = (n[:, None] < N) & (c[None, :] < C)
@@ -77,7 +81,6 @@ def cross_entropy_gradient(
     log_sum = (tl.log(total) + top).to(tl.float64)
 
     # Masses in float64: (1 - smoothing) c_y on the label, smoothing c / C on every class.
-    inverse = _inverse(summary + 3 * m + 1)
     label_mass = tl.where(counts, 1.0, 0.0).to(tl.float64)
     if class_weights is not None:
         label_mass = tl.load(class_weights + label, mask=counts, other=0.0)
@@ -113,13 +116,13 @@ def squared_error_gradient(
     """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
+    inverse = _inverse(summary + 3 * m + 1)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CLASSES)
     inside = (n[:, None] < N) & (c[None, :] < C)
     at = n.to(tl.int64)[:, None] * C + c[None, :]
     error = tl.load(z + m * N * C + at, mask=inside, other=0.0)
     error -= tl.load(y + m * y_m + at, mask=inside, other=0.0)
-    inverse = _inverse(summary + 3 * m + 1)
     w = (2 * inverse).to(z.dtype.element_ty)
     tl.store(weight + m * N + n, w + tl.zeros((ROWS,), w.dtype), mask=n < N)
     tl.store(z_bar + m * N * C + at, w * error, mask=inside)
@@ -130,9 +133,9 @@ def squared_error_gradient(
 @triton.jit
 def _d2(p, w, u):
     """D2[u] for rows u (ROWS, CLASSES), weights w (ROWS,)."""
-    if p is None:
-        return w[:, None] * u
-    return w[:, None] * p * (u - tl.sum(p * u, 1)[:, None])
+    if p is not None:
+        u = p * (u - tl.sum(p * u, 1)[:, None])
+    return w[:, None] * u
 
 
 @triton.jit
