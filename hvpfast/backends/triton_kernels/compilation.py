@@ -6,6 +6,7 @@ recorded on tensors without memory, and compiled as Triton would compile them on
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -102,8 +103,15 @@ def kernel_records(
     chosen: Iterable[Problem] | None = None,
     dtypes: Iterable[torch.dtype] = DTYPES,
     capabilities: Iterable[int] = CAPABILITIES,
+    largest_only: bool = False,
 ) -> list[dict[str, Any]]:
     """Compile every variant that the problems launch; one record each, see :class:`KernelRecord`.
+
+    Args:
+        chosen: what is launched; None: :func:`problems`.
+        dtypes: of the tensors.
+        capabilities: 80 for sm_80, and so on.
+        largest_only: of each kernel only the variant with the most terms and the largest tile.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where kernels cannot be compiled.
@@ -118,6 +126,8 @@ def kernel_records(
                 variants.setdefault(
                     (launch.kernel.__name__, _variant(launch), _num_warps(launch)), launch
                 )
+        if largest_only:
+            variants = {(key[0], "", 0): variants[key] for key in sorted(variants, key=_size)}
         for launch in variants.values():
             records += [asdict(_compile(launch, dtype, c)) for c in capabilities]
     return records
@@ -133,6 +143,13 @@ def _parameters(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
     yield from ((n, v, v is None) for n, v in zip(names, launch.arguments, strict=False))
     for name in names[len(launch.arguments) :]:
         yield name, launch.constants[name], True
+
+
+def _size(key: tuple[str, str, int]) -> tuple[int, int]:
+    """By which variants are sorted: terms that are there, entries of a tile."""
+    absent = re.match(r"without (\S+)", key[1])
+    entries = math.prod(int(n) for n in re.findall(r"(?:ROWS|COLUMNS|CLASSES)=(\d+)", key[1]))
+    return -(absent[1].count(",") + 1) if absent else 0, entries
 
 
 def _variant(launch: Launch) -> str:
@@ -189,13 +206,11 @@ def _disassembled(cubin: bytes) -> tuple[int, str]:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage, code = (
-            subprocess.run(
-                [tool, option, file.name], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    registers = re.search(r"\bREG:(\d+)", usage)
-    if registers is None or "EXIT" not in code:
-        raise RuntimeError(f"cuobjdump does not show the kernel: {usage}{code}")
-    return int(registers[1]), code
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", "--dump-sass", file.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    registers = re.search(r"\bREG:(\d+)", report)
+    if registers is None or "EXIT" not in report:
+        raise RuntimeError(f"cuobjdump does not show the kernel: {report}")
+    return int(registers[1]), report

@@ -24,7 +24,7 @@ def torch_is_faster(rows: int, columns: int, depth: int, batch: int, like: Tenso
     product = rows * columns * depth
     if product < LARGE_PRODUCT or not full_precision(like):
         return False
-    tiles = batch * num_tiles(rows, columns, tile_of(rows, columns, batch))
+    tiles = batch * num_tiles(rows, columns, tile_of(rows, columns, batch, largest=32))
     return batch * product >= LARGE_WORK or (depth > LONG_SUM and tiles < FEW_TILES)
 
 

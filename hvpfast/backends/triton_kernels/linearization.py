@@ -49,7 +49,7 @@ class Linearization:
         a, s1, s2, z_bar: residuals (M, N, D[l]) per layer; a[0] is x, (1, N, D[0]) if shared.
         z, a_bar: the same, third order and smooth activations only.
         p, weight: softmax (M, N, D[L]) of cross-entropy, and the w (M, N) of losses.py.
-        summary: (M, 3) float64: loss, normalizer, first label out of range (N: none).
+        summary: (M, 4) float64, see losses.py.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Linearization:
             if keep:
                 self.z[l], self.a_bar[l] = self.residual(l), self.residual(l)
         self.z_bar[L] = self.residual(L)
-        self.summary = torch.empty(self.M, 3, dtype=torch.float64, device=x.device)
+        self.summary = torch.empty(self.M, 4, dtype=torch.float64, device=x.device)
         self.weight = torch.empty(self.M, self.N, dtype=x.dtype, device=x.device)
         self.p = self.residual(L) if spec.loss == "cross_entropy" else None
         self._forward()
@@ -90,6 +90,14 @@ class Linearization:
     def empty(self, *shape: int) -> Tensor:
         """A new tensor of the dtype and device of all."""
         return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
+
+    def tile(self, rows: int, columns: int, batch: int, *, mixed: bool = False) -> Tile:
+        """The tile for ``batch`` outputs (rows, columns): as large as registers do not spill.
+
+        Float64 takes two of them per entry, and the mixed passes sum three products.
+        """
+        small = mixed or self.like.dtype is torch.float64
+        return tile_of(rows, columns, batch, 32 if small else 64)
 
     def below_m(self, l: int) -> int:
         """Entries between models of a_{l-1}."""
@@ -121,13 +129,13 @@ class Linearization:
         """
         values = self.summary.tolist()
         if self.spec.loss == "cross_entropy":
-            for m, (_, _, first_wrong) in enumerate(values):
+            for m, (*_, first_wrong) in enumerate(values):
                 if (n := int(first_wrong)) < self.N:
                     labels = y if y.dim() == 1 else y[m]
                     label, classes = int(labels[n]), self.D[self.L]
                     message = label_message(label, n, classes, self.spec.ignore_index)
                     raise ValueError(message if y.dim() == 1 else f"model {m}: {message}")
-        return [loss for loss, _, _ in values]
+        return [loss for loss, *_ in values]
 
     def _forward(self) -> None:
         N, M, L = self.N, self.M, self.L
@@ -139,7 +147,7 @@ class Linearization:
             if gemm.torch_is_faster(N, d, d_below, M, W):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(below, W.mT.unsqueeze(1), sums[0].unsqueeze(1))
-            tile = tile_of(N, d, M)
+            tile = self.tile(N, d, M)
             launch(
                 primal_forward_layer, M * num_tiles(N, d, tile),
                 below, W, self.params.b[l], sums, self.z[l] if l < L else logits,
@@ -152,7 +160,7 @@ class Linearization:
         """p, w, z_bar_L, and the summary."""
         spec, M, N, C = self.spec, self.M, self.N, self.D[self.L]
         z_bar = given(self.z_bar[self.L])
-        rows, classes, num_warps = loss_tile(C)
+        rows, classes, num_warps = loss_tile(C, z_bar.dtype)
         tiles = triton.cdiv(N, rows)
         parts = torch.empty(M, tiles, dtype=torch.float64, device=y.device)
         cross_entropy = spec.loss == "cross_entropy"
@@ -172,7 +180,8 @@ class Linearization:
                 ROWS=rows, CLASSES=classes, num_warps=num_warps,
             )  # fmt: skip
         else:
-            self.summary[:, 1] = N * C if spec.reduction == "mean" else 1
+            normalizer = N * C if spec.reduction == "mean" else 1
+            self.summary[:, 1], self.summary[:, 2] = normalizer, 1 / normalizer
             launch(
                 squared_error_gradient, M * tiles,
                 z_bar, y, self.summary, self.weight, z_bar, parts, N, C, y_m,
@@ -189,7 +198,7 @@ class Linearization:
             if gemm.torch_is_faster(N, d, d_above, M, W):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(above, W.unsqueeze(1), sums[0].unsqueeze(1))
-            tile = tile_of(N, d, M)
+            tile = self.tile(N, d, M)
             launch(
                 primal_backward_layer, M * num_tiles(N, d, tile),
                 above, W, sums, self.s1[l], self.s2[l], self.a_bar[l], self.z_bar[l],
@@ -209,7 +218,7 @@ class Linearization:
                 if b is not None:
                     torch.sum(z_bar, 1, out=b)
                 continue
-            tile = tile_of(d, d_below, self.M)
+            tile = self.tile(d, d_below, self.M)
             launch(
                 product_layer, self.M * num_tiles(d, d_below, tile),
                 z_bar, below, None, None, W, b, None,
@@ -218,10 +227,11 @@ class Linearization:
         return out
 
 
-def constants(tile: Tile) -> dict[str, Any]:
+def constants(tile: Tile, num_stages: int = 3) -> dict[str, Any]:
     """The compile-time arguments of a kernel that sums products in tiles."""
     return {
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": DEPTH, "num_warps": tile.num_warps
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": DEPTH,
+        "num_warps": tile.num_warps, "num_stages": num_stages,
     }  # fmt: skip
 
 
@@ -230,11 +240,12 @@ def counts(sums: Tensor | None) -> tuple[int, int]:
     return (0, 0) if sums is None else (len(sums), sums.stride(0))
 
 
-def loss_tile(classes: int) -> tuple[int, int, int]:
+def loss_tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(samples, classes, warps) of one program of a loss kernel: all classes of some samples."""
     width = max(16, triton.next_power_of_2(classes))
     rows = max(1, min(64, 2048 // width))
-    return rows, width, max(1, rows * width // 256)  # 8 entries per thread
+    per_thread = 4 if dtype is torch.float64 else 8
+    return rows, width, min(32, rows * width // (32 * per_thread))
 
 
 @functools.lru_cache(maxsize=256)

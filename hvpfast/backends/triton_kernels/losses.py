@@ -9,8 +9,9 @@ w = m / normalizer:
     D2[u]     w p * (u - <p, u>)
     D3[u, v]  w p * ((u - <p, u>) (v - <p, v>) - <p, (u - <p, u>) (v - <p, v>)>)
 
-Squared error: D2[u] = w u, D3 = 0; there p is None. ``summary`` (M, 3) of float64 holds the loss,
-its normalizer and the first label out of range (N: none); the loss is summed up from ``parts``.
+Squared error: D2[u] = w u, D3 = 0; there p is None. ``summary`` (M, 4) of float64 holds the loss,
+its normalizer, the inverse of that (1 where nothing counts: there the loss is 0 / 0) and the first
+label out of range (N: none); the loss is summed up from ``parts``.
 """
 
 from __future__ import annotations
@@ -39,18 +40,10 @@ def weigh_labels(
             counted += tl.where(counts, 1.0, 0.0)
         else:
             counted += tl.load(class_weights + label, mask=counts & in_range, other=0.0)
-    tl.store(summary + 3 * m + 1, tl.sum(counted, 0) if MEAN else tl.full((), 1, tl.float64))
-    tl.store(summary + 3 * m + 2, tl.min(first_wrong, 0).to(tl.float64))
-
-
-@triton.jit
-def _inverse(normalizer):
-    """1 / normalizer; where nothing counts the loss is 0 / 0, and the rest does not matter.
-
-    First in a kernel: a division in float64 is a call, around which registers would be saved.
-    """
-    n = tl.load(normalizer)
-    return 1.0 / tl.where(n > 0, n, 1.0)
+    normalizer = tl.sum(counted, 0) if MEAN else tl.full((), 1, tl.float64)
+    tl.store(summary + 4 * m + 1, normalizer)
+    tl.store(summary + 4 * m + 2, 1 / tl.where(normalizer > 0, normalizer, 1.0))
+    tl.store(summary + 4 * m + 3, tl.min(first_wrong, 0).to(tl.float64))
 
 
 @triton.jit
@@ -63,7 +56,7 @@ def cross_entropy_gradient(
     """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
-    inverse = _inverse(summary + 3 * m + 1)
+    inverse = tl.load(summary + 4 * m + 2)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CLASSES)
     inside = (n[:, None] < N) & (c[None, :] < C)
@@ -116,7 +109,7 @@ def squared_error_gradient(
     """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of normalizer * loss."""
     tiles = tl.cdiv(N, ROWS)
     m = (tl.program_id(0) // tiles).to(tl.int64)
-    inverse = _inverse(summary + 3 * m + 1)
+    inverse = tl.load(summary + 4 * m + 2)
     n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CLASSES)
     inside = (n[:, None] < N) & (c[None, :] < C)

@@ -20,7 +20,7 @@ from hvpfast.backends.triton_kernels.probes import BLOCKS, draw_normal, draw_rad
 from hvpfast.backends.triton_kernels.products import gram_layer
 from hvpfast.backends.triton_kernels.tangents import Streams, products, r_backward, r_forward
 from hvpfast.backends.triton_kernels.third_order import third_order
-from hvpfast.backends.triton_kernels.tiles import num_tiles, tile_of
+from hvpfast.backends.triton_kernels.tiles import num_tiles
 from hvpfast.probes import ProbeSource
 
 MOST_GRAM_SAMPLES = 256
@@ -82,7 +82,7 @@ def _first_layer(lin: Linearization, s: Streams) -> tuple[Tensor, Tensor]:
     if lin.spec.bias:
         gram += 1
     z_bar_dot, out = given(s.z_bar_dot[1]), lin.empty(M, K, N, d)
-    tile = tile_of(N, d, M * K)
+    tile = lin.tile(N, d, M * K)
     tiles = num_tiles(N, d, tile)
     norms = torch.empty(M, K, tiles, dtype=torch.float64, device=x.device)
     launch(

@@ -33,7 +33,7 @@ from hvpfast.backends.triton_kernels.linearization import (
 from hvpfast.backends.triton_kernels.losses import loss_hvp
 from hvpfast.backends.triton_kernels.network import Layers, Rows, given, no_layers
 from hvpfast.backends.triton_kernels.products import product_layer
-from hvpfast.backends.triton_kernels.tiles import num_tiles, tile_of
+from hvpfast.backends.triton_kernels.tiles import num_tiles
 
 
 @dataclass
@@ -73,7 +73,7 @@ def r_forward(lin: Linearization, v: Rows, K: int, z_dot_1: Tensor | None = None
             gemm.multiply_shared(below, v.W_of_models(l, M).mT, sums[0])
             if a_dot_below is not None:
                 gemm.multiply_rows(a_dot_below, W.mT, sums[1])
-        tile = tile_of(N, d, M * K)
+        tile = lin.tile(N, d, M * K)
         launch(
             r_forward_layer, M * K * num_tiles(N, d, tile),
             a_dot_below, below, W, V, v.b[l], sums, lin.s1[l], s.z_dot[l], s.a_dot[l],
@@ -87,7 +87,7 @@ def loss_product(lin: Linearization, s: Streams, keep: bool) -> None:
     """z_bar_dot_L = D2[z_dot_L], in its place unless it is kept."""
     z_dot = given(s.z_dot[lin.L])
     s.z_bar_dot[lin.L] = torch.empty_like(z_dot) if keep else z_dot
-    rows, classes, num_warps = loss_tile(lin.D[lin.L])
+    rows, classes, num_warps = loss_tile(lin.D[lin.L], lin.like.dtype)
     launch(
         loss_hvp, lin.M * s.K * triton.cdiv(lin.N, rows),
         lin.p, lin.weight, z_dot, s.z_bar_dot[lin.L], None,
@@ -116,7 +116,7 @@ def r_backward(lin: Linearization, v: Rows, s: Streams, ggn: bool, keep: bool) -
         s.z_bar_dot[l] = lin.empty(M, K, N, d) if in_place is None else in_place
         if keep and lin.smooth:
             s.a_bar_dot[l] = lin.empty(M, K, N, d)
-        tile = tile_of(N, d, M * K)
+        tile = lin.tile(N, d, M * K)
         launch(
             r_backward_layer, M * K * num_tiles(N, d, tile),
             above, None if ggn else z_bar_above, W, V, sums,
@@ -145,7 +145,7 @@ def products(lin: Linearization, s: Streams, out: Rows, ggn: bool, first: int = 
                 torch.sum(z_bar_dot.flatten(0, 1), 1, out=b)
                 norms.append(torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)[:, None] ** 2)
             continue
-        tile = tile_of(d, d_below, M * K)
+        tile = lin.tile(d, d_below, M * K)
         tiles = num_tiles(d, d_below, tile)
         parts = torch.empty(M * K, tiles, dtype=torch.float64, device=W.device)
         launch(
@@ -184,7 +184,7 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
     def new_parts(tiles: int) -> Tensor:
         return torch.empty(M * K, tiles, dtype=torch.float64, device=tangents.device)
 
-    rows, classes, num_warps = loss_tile(lin.D[L])
+    rows, classes, num_warps = loss_tile(lin.D[L], lin.like.dtype)
     parts = [new_parts(triton.cdiv(N, rows))]
     launch(
         loss_hvp, parts[0].numel(), lin.p, lin.weight, s.z_dot[L], None, parts[0],
@@ -198,7 +198,7 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
         if a_dot_below is not None and gemm.torch_is_faster(N, d, d_below, M * K, V):
             sums = lin.empty(1, M, K, N, d)
             gemm.multiply_each(a_dot_below, v.W_of_models(l, M).mT, sums[0])
-        tile = tile_of(N, d, M * K)
+        tile = lin.tile(N, d, M * K)
         parts.append(new_parts(num_tiles(N, d, tile)))
         launch(
             quadratic_layer, parts[-1].numel(),

@@ -39,7 +39,7 @@ from hvpfast.backends.triton_kernels.losses import loss_mixed
 from hvpfast.backends.triton_kernels.network import Layers, Rows, given, no_layers
 from hvpfast.backends.triton_kernels.products import mixed_product_layer
 from hvpfast.backends.triton_kernels.tangents import Streams, r_backward, r_forward
-from hvpfast.backends.triton_kernels.tiles import MIXED_SIDE, num_tiles, tile_of
+from hvpfast.backends.triton_kernels.tiles import num_tiles
 
 
 @dataclass
@@ -103,13 +103,13 @@ def _forward(
         mixed.z[l] = lin.residual(l)
         if l < L:
             mixed.a[l] = lin.residual(l)
-        tile = tile_of(N, d, M, MIXED_SIDE)
+        tile = lin.tile(N, d, M, mixed=True)
         launch(
             mixed_forward_layer, M * num_tiles(N, d, tile),
             a_uv, a_v, a_u, W, V, U, sums,
             lin.z[l], lin.s1[l], s_v.z_dot[l], s_u.z_dot[l], mixed.z[l], mixed.a[l],
             N, d_below, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth and l < L else None, **constants(tile),
+            jet=lin.jet if lin.smooth and l < L else None, **constants(tile, num_stages=2),
         )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _loss(
 ) -> None:
     L = lin.L
     mixed.z_bar[L] = lin.residual(L)
-    rows, classes, num_warps = loss_tile(lin.D[L])
+    rows, classes, num_warps = loss_tile(lin.D[L], lin.like.dtype)
     launch(
         loss_mixed, lin.M * triton.cdiv(lin.N, rows),
         lin.p, lin.weight, mixed.z[L], s_v.z_dot[L], s_u.z_dot[L], loss_bar, mixed.z_bar[L],
@@ -143,14 +143,14 @@ def _backward(
                 factor = rows.W_of_models(l + 1, M)
                 gemm.multiply_each(bar, factor, sums[at : at + K].transpose(0, 1))
         mixed.z_bar[l] = lin.residual(l)
-        tile = tile_of(N, d, M, MIXED_SIDE)
+        tile = lin.tile(N, d, M, mixed=True)
         launch(
             mixed_backward_layer, M * num_tiles(N, d, tile),
             bar_uv, bar_v, bar_u, W, V, U, sums,
             lin.z[l], lin.a_bar[l], lin.s1[l], lin.s2[l], s_v.z_dot[l], s_u.z_dot[l],
             s_v.a_bar_dot[l], s_u.a_bar_dot[l], mixed.z[l], mixed.z_bar[l],
             N, d_above, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth else None, **constants(tile),
+            jet=lin.jet if lin.smooth else None, **constants(tile, num_stages=2),
         )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _products(lin: Linearization, s_v: Streams, s_u: Streams, mixed: Mixed) -> T
             if b is not None:
                 torch.sum(bar_uv, 1, out=b)
             continue
-        tile = tile_of(d, d_below, M)
+        tile = lin.tile(d, d_below, M)
         launch(
             mixed_product_layer, M * num_tiles(d, d_below, tile),
             bar_uv, below, z_bar, a_uv, bar_v, bar_u, a_v, a_u, W, b,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-DEPTH = 16  # of one step of a sum: registers of a float32 tile of 64 x 64 do not spill
+DEPTH = 16  # of one step of a sum, the least of tl.dot
 
 
 class Tile(NamedTuple):
@@ -18,15 +18,17 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-MIXED_SIDE = 32  # largest tile of the mixed passes: a third product's operands must not spill
 _WHOLE_DEVICE = 264  # programs that keep an H100 (132 multiprocessors) busy
 
 
-def tile_of(rows: int, columns: int, batch: int, largest: int = 64) -> Tile:
-    """The tile for ``batch`` outputs (rows, columns): large ones only where there are enough."""
+def tile_of(rows: int, columns: int, batch: int, largest: int) -> Tile:
+    """The tile for ``batch`` outputs (rows, columns), of at most ``largest`` rows and columns.
+
+    Above 32 only where there are enough of them.
+    """
     side = largest
     if batch * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) < _WHOLE_DEVICE:
-        side = 32
+        side = min(32, largest)
     # tl.dot takes powers of two from 16 on
     tile_rows = min(side, max(16, triton.next_power_of_2(rows)))
     tile_columns = min(side, max(16, triton.next_power_of_2(columns)))
