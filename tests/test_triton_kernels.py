@@ -152,6 +152,29 @@ def test_models_equal_single_models(loss: str, shared: bool) -> None:
             assert torch.equal(of_models[m], of_one), i
 
 
+@pytest.mark.usefixtures("torch_multiplies")
+def test_products_of_models_left_to_torch() -> None:
+    M, N, K = 2, 7, 3
+    spec = hf.MLPSpec((5, 6, 4, 3), "tanh")
+    g = torch.Generator().manual_seed(4)
+    shapes = (M, spec.num_params), (N, 5), *2 * ((M, K, spec.num_params),)
+    params, x, V, U = on_device(
+        *(torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
+    )
+    y = torch.randint(0, 3, (M, N), generator=g).to(DEVICE)
+    models = triton.linearize_models(spec, params, x, y, 3)
+    for m in range(M):
+        one = triton.linearize(spec, params[m], x, y[m], 3)
+        for of_models, of_one in (
+            (models.gradient(), one.gradient()),
+            (models.hvp(V, False), one.hvp(V[m], False)),
+            (models.quadratic(V, False), one.quadratic(V[m], False)),
+            (models.hvp_vjp(V, U, False), one.hvp_vjp(V[m], U[m], False)),
+            (models.penalty(V, False).gradient(1.0, 1.0), one.penalty(V[m], False).gradient(1, 1)),
+        ):
+            torch.testing.assert_close(of_models[m], of_one, rtol=1e-12, atol=1e-13)
+
+
 def test_labels_out_of_range_are_told_when_the_loss_is_read() -> None:
     spec = hf.MLPSpec((3, 4))
     x = torch.zeros(2, 5, 3, device=DEVICE)
