@@ -13,6 +13,7 @@ from torch import Tensor
 import hvpfast as hf
 from hvpfast.backends import cpu, reference, triton
 from hvpfast.probes import ProbeSource, numpy_rows
+from hvpfast.spec import ACTIVATION_TABLE, ACTIVATIONS
 
 _reason = hf.available()["triton"]
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"triton: {_reason}")
@@ -85,6 +86,27 @@ def test_first_layer_by_samples(bias: bool, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(penalty, "_first_layer", lambda *a: (calls.append(a), first_layer(*a))[1])
     check(Case(hf.MLPSpec((40, 6, 5, 3), "gelu", "mse", bias=bias), 5, 2))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_far_out(activation: str, dtype: torch.dtype) -> None:
+    """act and act' at saturated, tiny and large arguments; every derivative finite."""
+    ends = (0.0, 1e-6, 1e-3, 0.6, 0.7, 5.0, 19.9, 20.1, 41.0, 90.0, 1e4)
+    z = torch.tensor([s * t for t in ends for s in (1, -1)], dtype=dtype)[:, None]
+    spec = hf.MLPSpec((1, 1, 1), activation, "mse", bias=False)
+    ones = torch.ones(2, dtype=dtype)
+    state = triton.linearize(spec, *on_device(ones, z, torch.zeros_like(z)), 3)
+    at = z.double().requires_grad_()
+    value = ACTIVATION_TABLE[activation][0](at)
+    (slope,) = torch.autograd.grad(value.sum(), at)
+    eps = torch.finfo(dtype).eps
+    for actual, expected in ((state._lin.a[1], value), (state._lin.s1[1], slope)):
+        assert actual is not None
+        error = (actual[0].cpu().double() - expected.detach()).abs()
+        assert (error <= 32 * eps * expected.abs().clamp(min=1)).all(), error
+    V = ones[None].to(DEVICE)
+    assert state.hvp_vjp(V, V, False).isfinite().all()
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
