@@ -1,7 +1,8 @@
 """Builds the C++ extension by calling CMake; flags and sources are CMakeLists.txt's business.
 
 HVPFAST_NO_EXT=1 leaves the extension out: the package is then pure Python and runs on the
-reference backend alone.
+reference backend alone. HVPFAST_CUDA=on|off|auto chooses whether the CUDA engine is built, a module
+of its own beside the CPU engine's; auto, the default, builds it where nvcc is found.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DHVPFAST_CUDA={os.environ.get('HVPFAST_CUDA', 'auto')}",
         ]
         for command in (configure, ["cmake", "--build", str(build)]):
             if subprocess.run(command).returncode != 0:

@@ -6,11 +6,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#define HVPFAST_FN __host__ __device__ inline
-#else
-#define HVPFAST_FN inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace hvpfast {
 

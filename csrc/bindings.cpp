@@ -1,49 +1,20 @@
-// The only file that knows Python: names to enumerations, addresses to pointers, GIL, errors.
+// The CPU engine's Python module: names to enumerations, addresses to pointers, GIL, errors.
 // Shapes, dtypes, devices and strides were checked by hvpfast/functional.py; addresses are those of
 // live, contiguous arrays.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/models.h"
 #include "cpu/parallel.h"
+#include "names.h"
 
 namespace py = pybind11;
 using namespace hvpfast;
 
 namespace {
-
-template <class Value>
-Value named(const char* what, const std::string& name,
-            const std::vector<std::pair<const char*, Value>>& table) {
-  std::string known;
-  for (const auto& [key, value] : table) {
-    if (name == key) return value;
-    known += std::string(known.empty() ? "" : ", ") + key;
-  }
-  throw std::invalid_argument(std::string(what) + " must be one of " + known + "; got '" + name +
-                              "'");
-}
-
-Activation activation_named(const std::string& name) {
-#define HVPFAST_NAMED(enumerator, text) {text, Activation::enumerator},
-  return named<Activation>("activation", name, {HVPFAST_ACTIVATIONS(HVPFAST_NAMED)});
-#undef HVPFAST_NAMED
-}
-
-Loss loss_named(const std::string& name) {
-  return named<Loss>("loss", name, {{"cross_entropy", Loss::kCrossEntropy}, {"mse", Loss::kMse}});
-}
-
-Distribution distribution_named(const std::string& name) {
-  return named<Distribution>(
-      "distribution", name,
-      {{"rademacher", Distribution::kRademacher}, {"normal", Distribution::kNormal}});
-}
 
 Stream stream_named(const std::string& distribution) {
   return distribution_named(distribution) == Distribution::kRademacher ? Stream::kRademacher
@@ -57,12 +28,6 @@ const Isa& isa_named(const std::string& name) {
   return *named<const Isa*>("isa", name, table);
 }
 
-Curvature curvature_of(bool ggn) { return ggn ? Curvature::kGgn : Curvature::kHessian; }
-
-Exact exact_named(const std::string& name) {
-  return named<Exact>("kind", name, {{"trace", Exact::kTrace}, {"fro2", Exact::kFro2}});
-}
-
 // One flag per layer: of W_l and of b_l, l = 1..L.
 Chosen chosen_of(const std::vector<bool>& weights, const std::vector<bool>& biases) {
   Chosen chosen{{0}, {0}};
@@ -71,33 +36,18 @@ Chosen chosen_of(const std::vector<bool>& weights, const std::vector<bool>& bias
   return chosen;
 }
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // One network description, reused by every call with it.
 struct Plan {
-  std::shared_ptr<MlpSpec> spec;
+  std::shared_ptr<const MlpSpec> spec;
   ParameterLayout layout;
   const Isa* isa;
 
   Plan(std::vector<int64_t> sizes, const std::string& activation, const std::string& loss,
        bool mean, bool bias, std::vector<double> class_weights, int64_t ignore_index,
        double label_smoothing, const std::string& isa_name)
-      : spec(std::make_shared<MlpSpec>()), isa(&isa_named(isa_name)) {
-    if (sizes.size() < 2 || *std::min_element(sizes.begin(), sizes.end()) < 1)
-      throw std::invalid_argument("sizes must be two or more positive widths");
-    spec->D = std::move(sizes);
-    spec->activation = activation_named(activation);
-    spec->loss = loss_named(loss);
-    spec->mean = mean;
-    spec->bias = bias;
-    spec->class_weights = std::move(class_weights);
-    spec->ignore_index = ignore_index;
-    spec->label_smoothing = label_smoothing;
-    if (!spec->class_weights.empty() && int64_t(spec->class_weights.size()) != spec->D.back())
-      throw std::invalid_argument("class_weights must have one entry per class");
+      : spec(make_spec(std::move(sizes), activation, loss, mean, bias, std::move(class_weights),
+                       ignore_index, label_smoothing)),
+        isa(&isa_named(isa_name)) {
     layout = ParameterLayout(*spec);
   }
 
@@ -132,18 +82,8 @@ struct Plan {
                                                      uintptr_t x, int64_t x_stride, uintptr_t y,
                                                      int64_t y_stride, int64_t N, bool third_order,
                                                      int threads) const {
-    const size_t L = size_t(spec->L());
-    if (params.size() != (spec->bias ? 2 * L : L))
-      throw std::invalid_argument("one address per parameter tensor expected");
-    LayerPointers<T> layers;
-    layers.W.assign(L + 1, nullptr);
-    layers.b.assign(L + 1, nullptr);
-    size_t next = 0;
-    for (size_t l = 1; l <= L; ++l) {
-      layers.W[l] = pointer<const T>(params[next++]);
-      if (spec->bias) layers.b[l] = pointer<const T>(params[next++]);
-    }
-    return linearize(layers, x, x_stride, y, y_stride, N, third_order, threads);
+    return linearize(layer_pointers<T>(*spec, params), x, x_stride, y, y_stride, N, third_order,
+                     threads);
   }
 
   // params (M, P); x (M, N, D[0]) and y with their M models one after the other, or shared.

@@ -8,13 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace hvpfast {
 
 enum class Stream : uint32_t { kRademacher = 0, kNormal = 1, kImplicitNormal = 2 };
 
 // One round on the counter c, with the round's key.
-inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
-                         uint32_t k1) {
+HVPFAST_FN void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
+                             uint32_t k1) {
   // High and low words apart: compilers vectorise them so, and not as one 64-bit product.
   const uint32_t high0 = uint32_t((uint64_t(0xD2511F53u) * c0) >> 32), low0 = 0xD2511F53u * c0;
   const uint32_t high1 = uint32_t((uint64_t(0xCD9E8D57u) * c2) >> 32), low1 = 0xCD9E8D57u * c2;
@@ -27,13 +29,17 @@ inline void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3,
 // The words of `count` blocks from `first` on, side by side: word[w][i] is word w of block first +
 // i.
 template <int count>
-inline void philox(uint64_t seed, uint64_t first, uint32_t probe, Stream stream,
-                   uint32_t (&word)[4][count]) {
+HVPFAST_FN void philox(uint64_t seed, uint64_t first, uint32_t probe, Stream stream,
+                       uint32_t (&word)[4][count]) {
   const uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int i = 0; i < count; ++i) {
     uint32_t c0 = uint32_t(first + uint64_t(i)), c1 = uint32_t((first + uint64_t(i)) >> 32);
     uint32_t c2 = probe, c3 = uint32_t(stream);
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
+#endif
     for (uint32_t round = 0; round < 10; ++round)
       philox_round(c0, c1, c2, c3, k0 + round * 0x9E3779B9u, k1 + round * 0xBB67AE85u);
     word[0][i] = c0;
@@ -44,7 +50,7 @@ inline void philox(uint64_t seed, uint64_t first, uint32_t probe, Stream stream,
 }
 
 // Two independent standard normal numbers from two words (Box and Muller 1958), 24 bits each.
-inline void normal_pair(uint32_t w0, uint32_t w1, float* first, float* second) {
+HVPFAST_FN void normal_pair(uint32_t w0, uint32_t w1, float* first, float* second) {
   const float x = float((w0 >> 8) + 1);  // u = x / 2^24 in (0, 1]
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

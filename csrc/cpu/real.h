@@ -8,6 +8,11 @@ template <class T>
 struct VectorReal {
   using type = Vec<T>;
   using R = Vec<T>;
+  // A vector of samples has the classes to itself.
+  static constexpr int kStep = 1;
+  static constexpr int first() { return 0; }
+  static HVP_INLINE R team_sum(R x) { return x; }
+  static HVP_INLINE R team_max(R x) { return x; }
   static HVP_INLINE R load(const T* p) { return hvpfast::HVPFAST_ISA::load(p); }
   static HVP_INLINE void store(T* p, R v) { hvpfast::HVPFAST_ISA::store(p, v); }
   static HVP_INLINE R constant(double c) { return broadcast(T(c)); }

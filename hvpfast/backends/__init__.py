@@ -24,7 +24,7 @@ from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec, check_choice
 
 # "auto" takes the first that can run and supports the case.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 class PenaltyState(Protocol):

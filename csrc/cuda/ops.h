@@ -1,0 +1,82 @@
+// The contract of csrc/ops.h on a GPU, for M models of one network at once: the same operations in
+// the same order. The caller allocates everything (results, residuals, workspace) and says on which
+// stream; nothing here allocates or waits, so every call can be captured in a CUDA graph.
+//
+// Arrays have the model in front: params (M, P), x (M, N, D[0]), tangents (M, K, P). All addresses
+// are on one device. Each operation runs with a Workspace; a counting one measures it instead.
+#pragma once
+#include <memory>
+
+#include "../ops.h"
+#include "call.h"
+#include "stack.h"
+
+namespace hvpfast::cuda {
+
+// What linearize is given.
+template <class T>
+struct Points {
+  std::shared_ptr<const MlpSpec> spec;
+  int64_t M, N;
+  LayerPointers<T> params;  // of the first model
+  int64_t params_model;     // between models
+  const T* x;
+  int64_t x_model;  // 0: all models share x
+  const void* y;
+  int64_t y_model;
+  const double* class_weights;  // (D[L]) on the device, or null
+  bool third_order;
+};
+
+template <class T>
+class Linearization {
+ public:
+  explicit Linearization(const Points<T>& points);
+
+  // Residuals in `residuals`, which lives as long as the Linearization; scalars (M).
+  void linearize(Call& call, Workspace& residuals, Scalars* scalars);
+  // out (M, P) = dL/dparams
+  void gradient(Call& call, T* out) const;
+  // out (M, K, P) = H tangents
+  void hvp(Call& call, const T* tangents, int64_t K, Curvature curvature, T* out) const;
+  // out (M, K) = tangents' H tangents
+  void quadratic(Call& call, const T* tangents, int64_t K, Curvature curvature, T* out) const;
+  // out (M, P) = d/dparams sum_k <cotangents_k, H tangents_k>
+  void hvp_vjp(Call& call, const T* tangents, const T* cotangents, int64_t K, Curvature curvature,
+               T* out) const;
+  // value (M) = mean_k ||H v_k||^2; call.kept is what penalty_gradient needs
+  void penalty(Call& call, const T* tangents, int64_t K, Curvature curvature, double* value) const;
+  // out (M, P) = g_loss dL/dparams + g_penalty d value/dparams, with the same kept memory
+  void penalty_gradient(Call& call, const T* tangents, int64_t K, Curvature curvature,
+                        double g_loss, double g_penalty, T* out) const;
+
+  bool small(const Device& device) const;
+
+ private:
+  template <class X>
+  using Layers = HostLayers<X>;
+  using HostNet = Net<T, HostLayers>;
+  using HostStreams = Streams<T, HostLayers>;
+  using HostBlocks = Blocks<T, HostLayers>;
+  struct Kept;
+
+  HostBlocks blocks(const T* flat, int64_t K) const;
+  Stack<T> rows(Workspace& workspace, int64_t K, int l) const;
+  HostStreams streams(Workspace& workspace, int64_t K, bool keep_a_bar_dot) const;
+  Kept kept(Workspace& workspace, int64_t K) const;
+  bool gram_pays() const;
+  void third_order(Call& call, const T* tangents, const HostStreams& v, const T* cotangents,
+                   const Stack<T>& z_dot_u1, T scale, T g_loss, bool hessian, T* out) const;
+  bool smooth() const { return !piecewise_linear(points_.spec->activation); }
+
+  Points<T> points_;
+  ParameterLayout layout_;
+  int L_;
+  HostNet net_;
+};
+
+// out (K, P): K probes (csrc/probes.h)
+template <class T>
+void draw_probes(Call& call, const Probes& probes, int64_t K, int64_t P, T* out);
+
+}  // namespace hvpfast::cuda

@@ -1,0 +1,241 @@
+"""Run by tests/test_cuda_emulated.py: the CUDA engine on the host, beyond the conformance body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from cases import DTYPES, FEW, Case, problem, with_dtype
+from torch import Tensor
+
+import hvpfast as hf
+from hvpfast.backends import cuda
+from hvpfast.probes import ProbeSource, probe_rows
+
+ENGINE = cuda.engine()
+assert not isinstance(ENGINE, str)
+assert ENGINE.emulated
+INVALID, MEMORY, DRIVER, NO_DEVICE, LAUNCH = 1, 2, 35, 100, 719  # cudaError_t
+
+
+@pytest.fixture(autouse=True)
+def nothing_fails() -> Iterator[None]:
+    yield
+    ENGINE.fail_call(-1, 0)
+    ENGINE.set_machine(13000, 1, 96 << 10)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "normal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("P", [1, 5, 127, 128, 129, 1000])
+def test_probes_are_the_same_bits(distribution: str, dtype: torch.dtype, P: int) -> None:
+    source = ProbeSource(3, distribution, 0xFEDCBA9876543210, 7)
+    out = torch.empty(3, P, dtype=dtype)
+    ENGINE.draw(
+        distribution, source.seed, source.first, 3, P, out.data_ptr(), dtype == torch.float64,
+        ENGINE.Where(0, 0, 0, 0),
+    )  # fmt: skip
+    assert torch.equal(out, probe_rows(source, P, dtype, torch.device("cpu")))
+
+
+def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
+    """Every operation from linearize on."""
+    q = problem(case)
+    V, U = q.tangents, q.cotangents
+
+    def lin() -> hf.Linearization:
+        return hf.linearize(case.spec, q.params, q.x, q.y, backend="cuda")
+
+    return [
+        ("gradient", lambda: lin().grad),
+        ("hvp", lambda: hf.hvp(lin(), V)),
+        ("quadratic", lambda: hf.quadratic_form(lin(), V)),
+        ("hvp_vjp", lambda: hf.hvp_vjp(lin(), V, U)),
+        ("penalty", lambda: hf.penalty(lin(), V)[2]),
+        ("drawn penalty", lambda: hf.penalty(lin(), num_probes=2, seed=1)[2]),
+    ]
+
+
+WIDE = Case(hf.MLPSpec((300, 70, 5), "tanh"), 20)
+
+
+@pytest.mark.parametrize("case", [FEW[3], WIDE], ids=str)
+@pytest.mark.parametrize("code", [MEMORY, LAUNCH])
+def test_every_failing_call_raises(case: Case, code: int) -> None:
+    """Each call of the runtime fails once: Python's error names it, and the next run is right."""
+    for name, run in operations(case):
+        ENGINE.fail_call(-1, 0)
+        right = run()
+        calls = ENGINE.fail_call(-1, 0)
+        assert calls > 3, name
+        for index in range(calls):
+            ENGINE.fail_call(index, code)
+            error = MemoryError if code == MEMORY else RuntimeError
+            with pytest.raises(error, match=r"CUDA failed in .*cudaError(Mem|Launch)"):
+                run()
+        ENGINE.fail_call(-1, 0)
+        assert torch.equal(run(), right), name
+
+
+def test_device_problems_are_named() -> None:
+    ENGINE.set_machine(12080, 1, 96 << 10)
+    assert "driver is too old: it has CUDA 12.8 and this build needs 13.0" in (
+        ENGINE.device_problem()
+    )
+    ENGINE.set_machine(0, 1, 96 << 10)
+    assert "no NVIDIA driver" in ENGINE.device_problem()
+    ENGINE.set_machine(13000, 0, 96 << 10)
+    assert "no CUDA device" in ENGINE.device_problem()
+    ENGINE.set_machine(13000, 1, 96 << 10)
+    assert ENGINE.device_problem() == ""
+    calls = ENGINE.fail_call(-1, 0)
+    assert calls >= 3
+    for code, text in ((DRIVER, "too old"), (NO_DEVICE, "no CUDA device")):
+        ENGINE.fail_call(2, code)
+        assert text in ENGINE.device_problem()
+    ENGINE.fail_call(2, LAUNCH)
+    with pytest.raises(RuntimeError, match="cudaGetDeviceCount"):
+        ENGINE.device_problem()
+
+
+def models(M: int, shared: bool, dtype: torch.dtype, spec: hf.MLPSpec) -> list[list[Tensor]]:
+    """[params, x, y, V, U] of M models, K = 3."""
+    g = torch.Generator().manual_seed(M)
+    N, K, P = 9, 3, spec.num_params
+    data = () if shared else (M,)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    if spec.loss == "mse":
+        y = randn(*data, N, spec.sizes[-1])
+    else:
+        y = torch.randint(0, spec.sizes[-1], (*data, N), generator=g)
+    return [0.3 * randn(M, P), randn(*data, N, spec.sizes[0]), y, randn(M, K, P), randn(M, K, P)]
+
+
+SPECS = [
+    hf.MLPSpec((6, 8, 3), "tanh", class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1),
+    hf.MLPSpec((6, 9, 5, 2), "relu", "mse"),
+    hf.MLPSpec((200, 90, 4), "silu"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, s.sizes)))
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_models_are_each_what_they_are_alone(
+    spec: hf.MLPSpec, shared: bool, dtype: torch.dtype
+) -> None:
+    M = 3
+    params, x, y, V, U = models(M, shared, dtype, spec)
+    state = cuda.linearize_models(spec, params, x, y, 3)
+    source = ProbeSource(2, "normal", 5, 11)
+    of_models = {
+        "loss": state.loss,
+        "normalizers": state.normalizers,
+        "gradient": state.gradient(),
+        "hvp": state.hvp(V, False),
+        "ggn": state.hvp(V, True),
+        "quadratic": state.quadratic(V, False),
+        "hvp_vjp": state.hvp_vjp(V, U, False),
+        "penalty": state.penalty(V, False).penalty,
+        "penalty gradient": state.penalty(V, False).gradient(0.7, 0.3),
+        "drawn": state.penalty(source, False).gradient(0.0, 1.0),
+    }
+    for m in range(M):
+        alone = cuda.linearize(spec, params[m], *(t if shared else t[m] for t in (x, y)), 3)
+        drawn = ProbeSource(2, "normal", 5, 11 + 2 * m)
+        expected = {
+            "loss": alone.loss,
+            "normalizers": torch.tensor(alone.normalizer, dtype=torch.float64),
+            "gradient": alone.gradient(),
+            "hvp": alone.hvp(V[m], False),
+            "ggn": alone.hvp(V[m], True),
+            "quadratic": alone.quadratic(V[m], False),
+            "hvp_vjp": alone.hvp_vjp(V[m], U[m], False),
+            "penalty": alone.penalty(V[m], False).penalty,
+            "penalty gradient": alone.penalty(V[m], False).gradient(0.7, 0.3),
+            "drawn": alone.penalty(drawn, False).gradient(0.0, 1.0),
+        }
+        for name, value in expected.items():
+            difference = (of_models[name][m] - value).norm()  # sums are divided otherwise
+            assert difference <= 200 * torch.finfo(dtype).eps * value.norm(), f"{name}, model {m}"
+        own = hf.linearize(
+            spec, params[m], *(t if shared else t[m] for t in (x, y)), backend="reference"
+        )
+        expected_hvp = hf.hvp(own, V[m].T).T
+        assert (of_models["hvp"][m] - expected_hvp).norm() <= 1e-4 * expected_hvp.norm()
+
+
+def test_wrong_labels_are_noticed_when_the_loss_is_read() -> None:
+    spec = hf.MLPSpec((4, 3))
+    x, y = torch.ones(5, 4), torch.tensor([0, 1, 7, 2, -3])
+    params = torch.ones(spec.num_params)
+    state = cuda.linearize(spec, params, x, y, 3)  # no wait, no error
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\).*y\[2\] = 7"):
+        _ = state.loss_value
+    with pytest.raises(ValueError, match=r"y\[2\] = 7"):
+        hf.linearize(spec, params, x, y, backend="cuda")
+    two = cuda.linearize_models(
+        spec, params.expand(2, -1).contiguous(), x, torch.stack([y * 0, y]), 3
+    )
+    with pytest.raises(ValueError, match=r"model 1: .*y\[2\] = 7"):
+        _ = two.values
+
+
+def test_bad_input_is_refused() -> None:
+    spec = hf.MLPSpec((4, 3))
+    x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)
+    params = torch.ones(spec.num_params)
+    raw = torch.zeros(4 * spec.num_params + 4, dtype=torch.uint8)
+    crooked = torch.frombuffer(
+        raw.numpy().data, dtype=torch.float32, count=spec.num_params, offset=2
+    )
+    with pytest.raises(ValueError, match="tangents starts at an address that is no multiple of 4"):
+        cuda.linearize(spec, params, x, y, 3).hvp(crooked[None], False)
+    with pytest.raises(ValueError, match="params starts at an address"):
+        cuda.linearize(spec, crooked, x, y, 3)
+    with pytest.raises(ValueError, match="stream belongs to CUDA device 1"):
+        ENGINE.draw("normal", 0, 0, 1, 3, params.data_ptr(), False, ENGINE.Where(0, 0x100, 0, 0))
+    state = cuda.linearize(spec, params, x, y, 3)
+    with pytest.raises(ValueError, match="workspace has 1 bytes, too few"):
+        state._models._point.hvp(
+            params.data_ptr(), 1, False, params.data_ptr(), ENGINE.Where(0, 0, raw.data_ptr(), 1)
+        )
+    for call in (
+        lambda: state.sample_traces(False, [True, True]),
+        lambda: state.diagonal(False),
+        lambda: state.inner_product(state, False, [True, True]),
+        lambda: state.exact_penalty("fro2", False, [True, True]),
+    ):
+        with pytest.raises(NotImplementedError, match="backends cpu and reference"):
+            call()
+
+
+def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = hf.MLPSpec((40, 64, 3), "tanh")
+    x, y = torch.ones(500, 40), torch.zeros(500, dtype=torch.int64)
+    state = cuda.linearize(spec, torch.ones(spec.num_params), x, y, 3)
+    one, two = (sum(state._models._point.num_bytes("hvp", K, False)) for K in (1, 2))
+    monkeypatch.setattr(cuda, "available_bytes", lambda device: one + 5 * (two - one))
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    V = torch.ones(64, spec.num_params)
+    real = torch.empty
+    monkeypatch.setattr(cuda.torch, "empty", refuse)
+    with pytest.raises(MemoryError, match=r"K = 64 tangents .* enough for K = 6: take fewer"):
+        state.hvp(V, False)
+    with pytest.raises(MemoryError, match="N = 500 samples"):
+        state._models._memory("gradient")
+    monkeypatch.setattr(cuda.torch, "empty", real)
+    state.hvp(V[:6], False)
+
+
+@pytest.mark.parametrize("case", [with_dtype(c, torch.float32) for c in FEW[:2]], ids=str)
+def test_repeated_runs_are_bitwise_equal(case: Case) -> None:
+    for name, run in operations(case):
+        assert torch.equal(run(), run()), name

@@ -1,0 +1,66 @@
+"""The CUDA kernels built as plain C++: the conformance body runs on them, on CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("pybind11", reason="the emulated kernels are built with pybind11")
+
+
+@functools.cache
+def emulated_module(build: Path) -> Path:
+    """The emulated module, built in a folder; HVPFAST_CUDA_EMULATED names one that is there."""
+    if "HVPFAST_CUDA_EMULATED" in os.environ:
+        return Path(os.environ["HVPFAST_CUDA_EMULATED"])
+    import pybind11
+
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
+    configure += ["-DHVPFAST_CUDA=off", "-DHVPFAST_CUDA_EMULATED=ON", "-DHVPFAST_WERROR=ON"]
+    configure += [
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
+    ]
+    for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_emulated"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (module,) = build.glob("_cuda_emulated*.so")
+    return module
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated_module(tmp_path_factory.mktemp("cuda_emulated"))
+
+
+def run_emulated(module: Path, *arguments: str) -> str:
+    """Output of a pytest run in which backend "cuda" is the emulated one."""
+    command = [sys.executable, "-m", "pytest", "-p", "cuda_emulated", "-q", *arguments]
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"HVPFAST_CUDA_EMULATED": str(module), "PYTHONPATH": path}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_conformance(emulated: Path) -> None:
+    """Every case of the matrix, judged against float64 like those of every other backend."""
+    output = run_emulated(emulated, "tests/test_conformance.py", "-k", "cuda", "-rs")
+    assert "SKIPPED" not in output, output
+    assert "passed" in output, output
+
+
+def test_behaviour(emulated: Path) -> None:
+    """What tests/cuda_behaviour.py says of models, errors and failures of the runtime."""
+    output = run_emulated(emulated, "tests/cuda_behaviour.py", "-rs")
+    assert "SKIPPED" not in output, output
+    assert "passed" in output, output
