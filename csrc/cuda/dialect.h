@@ -20,6 +20,13 @@
 #define HVPFAST_EITHER_SIDE
 #endif
 
+// A function of its own: its registers are not added to those of its callers.
+#if defined(HVPFAST_EMULATE)
+#define HVPFAST_CALL
+#else
+#define HVPFAST_CALL __noinline__
+#endif
+
 namespace hvpfast::cuda {
 
 // A failed call of the CUDA runtime.

@@ -74,6 +74,52 @@ typename Linearization<T>::HostStreams Linearization<T>::streams(Workspace& work
   return s;
 }
 
+template <template <class> class To, template <class> class From, class T>
+void copy_layers(const Blocks<T, From>& from, Blocks<T, To>& to) {
+  for (size_t l = 1; l < from.W.size(); ++l) to.W[int(l)] = from.W[l], to.b[int(l)] = from.b[l];
+}
+
+// What a launch for a small network is told; for L <= kSmallLayers.
+template <class T>
+SmallTask<T> Linearization<T>::task(const T* tangents, int64_t K, bool hessian) const {
+  SmallTask<T> t{};
+  t.net.L = net_.L, t.net.N = net_.N, t.net.activation = net_.activation;
+  t.net.p = net_.p, t.net.weight = net_.weight, t.net.targets = net_.targets;
+  for (int l = 0; l <= L_; ++l) {
+    const size_t at = size_t(l);
+    t.net.D[l] = net_.D[at], t.net.a[l] = net_.a[at];
+    t.net.s1[l] = net_.s1[at], t.net.s2[l] = net_.s2[at];
+    t.net.d2[l] = net_.d2[at], t.net.d3[l] = net_.d3[at], t.net.z_bar[l] = net_.z_bar[at];
+  }
+  copy_layers(net_.params, t.net.params);
+  copy_layers(blocks(tangents, K), t.tangents);
+  t.K = int(K), t.groups = 1, t.hessian = hessian, t.scale = T(1);
+  return t;
+}
+
+// Whether a block has the shared memory for the operations, and no more work than other launches
+// would cost, or every multiprocessor has a block.
+template <class T>
+bool Linearization<T>::small(const Call& call, int64_t K,
+                             std::initializer_list<SmallOp> operations) const {
+  constexpr int64_t kMostMacs = 1 << 18;  // of one product with all weights
+  constexpr size_t kStatic = 4096;        // shared memory of the sums
+  if (L_ > kSmallLayers) return false;
+  if (points_.N * layout_.P > kMostMacs && points_.M * K < call.device.multiprocessors)
+    return false;
+  const SmallTask<T> t = task(nullptr, 1, true);
+  for (SmallOp op : operations)
+    if (small_bytes(op, t) + kStatic > call.device.shared_bytes) return false;
+  return true;
+}
+
+// Blocks that share a model's tangents.
+template <class T>
+int Linearization<T>::groups(const Call& call, int64_t K) const {
+  const int64_t wanted = 4 * int64_t(call.device.multiprocessors);
+  return int(std::clamp<int64_t>((wanted + points_.M - 1) / points_.M, 1, K));
+}
+
 template <class T>
 void Linearization<T>::linearize(Call& call, Workspace& residuals, Scalars* scalars) {
   for (int l = 1; l <= L_; ++l) {
@@ -90,12 +136,22 @@ void Linearization<T>::linearize(Call& call, Workspace& residuals, Scalars* scal
   const int64_t N = points_.N;
   net_.weight = {residuals.take<T>(points_.M * N), 1, N, 0};
   const Stack<double> losses{call.workspace.take<double>(points_.M * N), 1, N, 0};
+  if (small(call, 1, {SmallOp::kHvp})) {
+    SmallTask<T> t = task(nullptr, 1, true);
+    t.scalars = scalars, t.losses = losses;
+    return run_small(call, SmallOp::kPrimal, t, points_.M);
+  }
   Grid<T> run(call, points_.M);
   primal_passes(run, net_, scalars, losses);
 }
 
 template <class T>
 void Linearization<T>::gradient(Call& call, T* out) const {
+  if (small(call, 1, {SmallOp::kHvp})) {
+    SmallTask<T> t = task(nullptr, 1, true);
+    copy_layers(blocks(out, 1), t.out);
+    return run_small(call, SmallOp::kGradient, t, points_.M);
+  }
   Grid<T> run(call, points_.M);
   gradient_products(run, net_, blocks(out, 1));
 }
@@ -105,6 +161,12 @@ void Linearization<T>::hvp(Call& call, const T* tangents, int64_t K, Curvature c
                            T* out) const {
   if (K == 0) return;
   const bool hessian = curvature == Curvature::kHessian;
+  if (small(call, K, {SmallOp::kHvp})) {
+    SmallTask<T> t = task(tangents, K, hessian);
+    t.groups = groups(call, K);
+    copy_layers(blocks(out, K), t.out);
+    return run_small(call, SmallOp::kHvp, t, points_.M);
+  }
   const HostStreams s = streams(call.workspace, K, false);
   Grid<T> run(call, points_.M);
   tangent_passes(run, net_, blocks(tangents, K), s, hessian, Stack<T>{}, T(1));
@@ -116,6 +178,11 @@ void Linearization<T>::quadratic(Call& call, const T* tangents, int64_t K, Curva
                                  T* out) const {
   if (K == 0) return;
   const bool hessian = curvature == Curvature::kHessian;
+  if (small(call, K, {SmallOp::kQuadratic})) {
+    SmallTask<T> t = task(tangents, K, hessian);
+    t.groups = groups(call, K), t.quadratic = out;
+    return run_small(call, SmallOp::kQuadratic, t, points_.M);
+  }
   HostStreams s;
   s.K = int(K);
   s.z_dot.resize(size_t(L_) + 1), s.a_dot.resize(size_t(L_) + 1);
@@ -135,6 +202,18 @@ void Linearization<T>::quadratic(Call& call, const T* tangents, int64_t K, Curva
   loss_hvp(run, net_, s);
   quadratic_sums(run, net_, v, s, product, hessian);
   run.total(nullptr, out);
+}
+
+// A third-order operation of a small network: each group of tangents has its part of the sum.
+template <class T>
+void Linearization<T>::small_third_order(Call& call, SmallOp op, SmallTask<T>& t, int64_t K,
+                                         T* out) const {
+  t.groups = groups(call, K);
+  const int64_t P = layout_.P;
+  T* parts = t.groups > 1 ? call.workspace.take<T>(points_.M * t.groups * P) : out;
+  copy_layers(blocks(parts, t.groups), t.out);
+  run_small(call, op, t, points_.M);
+  if (t.groups > 1) add_groups(call, parts, t.groups, points_.M, P, out);
 }
 
 // z_dot_u1: (M, K, N, D[1]) in place of the first layer's product with u, scaled by `scale`; null:
@@ -164,6 +243,11 @@ template <class T>
 void Linearization<T>::hvp_vjp(Call& call, const T* tangents, const T* cotangents, int64_t K,
                                Curvature curvature, T* out) const {
   const bool hessian = curvature == Curvature::kHessian;
+  if (small(call, K, {SmallOp::kVjp})) {
+    SmallTask<T> t = task(tangents, K, hessian);
+    copy_layers(blocks(cotangents, K), t.cotangents);
+    return small_third_order(call, SmallOp::kVjp, t, K, out);
+  }
   const HostStreams v = streams(call.workspace, K, true);
   Grid<T> run(call, points_.M);
   tangent_passes(run, net_, blocks(tangents, K), v, hessian, Stack<T>{}, T(1));
@@ -210,6 +294,13 @@ template <class T>
 void Linearization<T>::penalty(Call& call, const T* tangents, int64_t K, Curvature curvature,
                                double* value) const {
   const bool hessian = curvature == Curvature::kHessian, gram = gram_pays();
+  if (small_penalty(call, K)) {  // nothing is kept: the gradient repeats the products
+    SmallTask<T> t = task(tangents, K, hessian);
+    t.groups = groups(call, K);
+    t.numbers = call.workspace.take<double>(points_.M * K);
+    run_small(call, SmallOp::kSquares, t, points_.M);
+    return Grid<T>(call, points_.M).models(MeanOverTangents{t.numbers, int(K), value});
+  }
   const Kept k = kept(*call.kept, K);
   const int64_t N = points_.N, P = layout_.P, first = gram ? layout_.weight[2] : 0;
   Grid<T> run(call, points_.M);
@@ -246,8 +337,13 @@ void Linearization<T>::penalty_gradient(Call& call, const T* tangents, int64_t K
                                         Curvature curvature, double g_loss, double g_penalty,
                                         T* out) const {
   // The cotangents are scaled, not the result: the loss gradient joins the same sums.
-  const Kept k = kept(*call.kept, K);
   const T scale = T(2.0 * g_penalty / double(K));
+  if (small_penalty(call, K)) {
+    SmallTask<T> t = task(tangents, K, curvature == Curvature::kHessian);
+    t.g_loss = T(g_loss), t.scale = scale;
+    return small_third_order(call, SmallOp::kPenaltyGradient, t, K, out);
+  }
+  const Kept k = kept(*call.kept, K);
   const int64_t size = points_.M * K * layout_.P;
   T* u = call.workspace.take<T>(size);
   if (!call.counting())

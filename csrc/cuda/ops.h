@@ -5,10 +5,12 @@
 // Arrays have the model in front: params (M, P), x (M, N, D[0]), tangents (M, K, P). All addresses
 // are on one device. Each operation runs with a Workspace; a counting one measures it instead.
 #pragma once
+#include <initializer_list>
 #include <memory>
 
 #include "../ops.h"
 #include "call.h"
+#include "small.h"
 #include "stack.h"
 
 namespace hvpfast::cuda {
@@ -50,8 +52,6 @@ class Linearization {
   void penalty_gradient(Call& call, const T* tangents, int64_t K, Curvature curvature,
                         double g_loss, double g_penalty, T* out) const;
 
-  bool small(const Device& device) const;
-
  private:
   template <class X>
   using Layers = HostLayers<X>;
@@ -65,6 +65,13 @@ class Linearization {
   HostStreams streams(Workspace& workspace, int64_t K, bool keep_a_bar_dot) const;
   Kept kept(Workspace& workspace, int64_t K) const;
   bool gram_pays() const;
+  SmallTask<T> task(const T* tangents, int64_t K, bool hessian) const;
+  bool small(const Call& call, int64_t K, std::initializer_list<SmallOp> operations) const;
+  bool small_penalty(const Call& call, int64_t K) const {
+    return small(call, K, {SmallOp::kSquares, SmallOp::kPenaltyGradient});
+  }
+  int groups(const Call& call, int64_t K) const;
+  void small_third_order(Call& call, SmallOp op, SmallTask<T>& t, int64_t K, T* out) const;
   void third_order(Call& call, const T* tangents, const HostStreams& v, const T* cotangents,
                    const Stack<T>& z_dot_u1, T scale, T g_loss, bool hessian, T* out) const;
   bool smooth() const { return !piecewise_linear(points_.spec->activation); }

@@ -1,0 +1,38 @@
+// Small networks: a whole operation in one launch. A block of threads has one model and a group of
+// its tangents; weights, residuals and streams lie in its shared memory.
+#pragma once
+#include "call.h"
+#include "stack.h"
+
+namespace hvpfast::cuda {
+
+enum class SmallOp { kPrimal, kGradient, kHvp, kQuadratic, kSquares, kVjp, kPenaltyGradient };
+
+// One operation on M models. Arrays are on the device, tangents and cotangents (M, K, P).
+template <class T>
+struct SmallTask {
+  Net<T, SmallLayers> net;
+  Blocks<T, SmallLayers> tangents, cotangents;
+  Blocks<T, SmallLayers> out;  // (M, P), (M, K, P), or the groups' parts of a sum (M, groups, P)
+  int K, groups;
+  bool hessian;
+  T g_loss, scale;      // of kPenaltyGradient: cotangents are scale H v_k
+  double* numbers;      // (M, K) of kSquares: ||H v_k||^2
+  T* quadratic;         // (M, K) of kQuadratic
+  Scalars* scalars;     // of kPrimal, as the next
+  Stack<double> losses;
+};
+static_assert(sizeof(SmallTask<double>) <= 4000, "the arguments of a kernel have 4 KiB");
+
+// Shared memory of a block that runs the operation.
+template <class T>
+size_t small_bytes(SmallOp op, const SmallTask<T>& task);
+
+template <class T>
+void run_small(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M);
+
+// out (M, P) = sum over groups of parts (M, groups, P), in order
+template <class T>
+void add_groups(Call& call, const T* parts, int groups, int64_t M, int64_t P, T* out);
+
+}  // namespace hvpfast::cuda
