@@ -25,6 +25,8 @@ def load(path: str) -> ModuleType:
     cuda.engine.cache_clear()
     cuda.unavailable.cache_clear()
     cuda.engine = lambda: module  # type: ignore[assignment]
+    shared_bytes = int(os.environ.get("HVPFAST_CUDA_EMULATED_SHARED", 96 << 10))
+    module.set_machine(13000, 1, shared_bytes)  # none: no network is small
     return module
 
 

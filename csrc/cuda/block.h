@@ -86,7 +86,7 @@ class Block {
   }
 
   template <class Body>
-  __device__ void sum(int rows, int cols, int, const Body& body) {
+  HVPFAST_CALL __device__ void sum(int rows, int cols, int, const Body& body) {
     for (int entry = int(threadIdx.x); entry < rows * cols; entry += kThreads)
       total += body(m, k, entry / cols, entry % cols);
     __syncthreads();

@@ -29,7 +29,7 @@ struct LossGradient {
   __device__ void operator()(int64_t m, int64_t k, int n) const {
     using Real = TeamReal<T>;
     const int C = targets.classes;
-    const double inverse = 1.0 / scalars[m].normalizer;
+    const double inverse = scalars[m].inverse;
     T* z = &z_bar(m, k, n, 0);
     double loss = 0;
     T w = T(0);
@@ -158,6 +158,7 @@ struct WeighTargets {
     }
     if (threadIdx.x == 0) {
       scalars[m].normalizer = targets.mean ? counted : 1.0;
+      scalars[m].inverse = targets.mean ? 1.0 / counted : 1.0;
       scalars[m].wrong_label = first < double(N) ? first : -1.0;
     }
   }
@@ -185,7 +186,7 @@ struct SumLosses {
     double sum = 0;
     for (int n = int(threadIdx.x); n < N; n += int(blockDim.x)) sum += losses(m, 0, n, 0);
     sum = block_sum(sum);
-    if (threadIdx.x == 0) scalars[m].loss = sum / scalars[m].normalizer;
+    if (threadIdx.x == 0) scalars[m].loss = sum * scalars[m].inverse;
   }
 };
 

@@ -1,7 +1,6 @@
 // Small networks (small.h): the passes of passes.h by one block of threads.
-#include "small.h"
-
 #include "block.h"
+#include "small.h"
 
 namespace hvpfast::cuda {
 
@@ -96,8 +95,7 @@ __host__ __device__ void place(Shared& shared, SmallOp op, const SmallTask<T>& t
   place_streams(shared, from, smooth, op != SmallOp::kQuadratic, third, local.v_dot);
   if (third || op == SmallOp::kSquares) place_blocks(shared, from, local.u);
   if (op == SmallOp::kQuadratic)
-    for (int l = 2; task.hessian && l <= L; ++l)
-      local.product[l] = matrix<T>(shared, N, from.D[l]);
+    for (int l = 2; task.hessian && l <= L; ++l) local.product[l] = matrix<T>(shared, N, from.D[l]);
   if (!third) return;
   place_streams(shared, from, smooth, true, true, local.u_dot);
   for (int l = 1; l <= L; ++l) {
@@ -166,23 +164,13 @@ __device__ void scale_or_square(Block<T>& run, const Net<T, SmallLayers>& net,
   __syncthreads();
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) primal_small_kernel(SmallTask<T> task, bool gradient) {
-  Block<T> run;
-  run.m = blockIdx.x;
-  if (gradient) {
-    gradient_products(run, task.net, task.out);
-  } else {
-    primal_passes(run, task.net, task.scalars, task.losses);
-  }
-}
-
-// Two blocks per multiprocessor hide each other's barriers; float64 has registers for one.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 4 ? 2 : 1;
+// Two blocks per multiprocessor hide each other's barriers, where the registers are enough for two.
+template <class T, SmallOp op>
+constexpr int kBlocks = sizeof(T) == 4 && op != SmallOp::kQuadratic ? 2 : 1;
 
 template <class T, SmallOp op>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) small_kernel(SmallTask<T> task) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, op>)
+    small_kernel(const __grid_constant__ SmallTask<T> task) {
   Shared shared{dynamic_shared()};
   Local<T>& local = *shared.take<Local<T>>(1);
   if (threadIdx.x == 0) place(shared, op, task, local);
@@ -196,8 +184,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) small_kernel(SmallTask<T
   for (int k = group; k < task.K; k += task.groups) {
     run.k = k, run.total = 0;
     copy_blocks(local.net, local.v, task.tangents, run.m, k);
-    if constexpr (op == SmallOp::kVjp)
-      copy_blocks(local.net, local.u, task.cotangents, run.m, k);
+    if constexpr (op == SmallOp::kVjp) copy_blocks(local.net, local.u, task.cotangents, run.m, k);
     __syncthreads();
     const Stack<T> none{};
     if constexpr (op == SmallOp::kQuadratic) {
@@ -266,8 +253,7 @@ void run_small(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M) {
   switch (op) {
     case SmallOp::kPrimal:
     case SmallOp::kGradient:
-      return launch("the primal passes of a small network", primal_small_kernel<T>, M, kThreads, 0,
-                    call.stream, task, op == SmallOp::kGradient);
+      return run_small_primal(call, op, task, M);
     case SmallOp::kHvp:
       return go(small_kernel<T, SmallOp::kHvp>);
     case SmallOp::kQuadratic:
@@ -288,8 +274,8 @@ void add_groups(Call& call, const T* parts, int groups, int64_t M, int64_t P, T*
            0, call.stream, parts, groups, M, P, out);
 }
 
-#define HVPFAST_SMALL(T)                                      \
-  template size_t small_bytes(SmallOp, const SmallTask<T>&);  \
+#define HVPFAST_SMALL(T)                                                 \
+  template size_t small_bytes(SmallOp, const SmallTask<T>&);             \
   template void run_small(Call&, SmallOp, const SmallTask<T>&, int64_t); \
   template void add_groups(Call&, const T*, int, int64_t, int64_t, T*);
 HVPFAST_SMALL(float)

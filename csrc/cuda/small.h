@@ -16,10 +16,10 @@ struct SmallTask {
   Blocks<T, SmallLayers> out;  // (M, P), (M, K, P), or the groups' parts of a sum (M, groups, P)
   int K, groups;
   bool hessian;
-  T g_loss, scale;      // of kPenaltyGradient: cotangents are scale H v_k
-  double* numbers;      // (M, K) of kSquares: ||H v_k||^2
-  T* quadratic;         // (M, K) of kQuadratic
-  Scalars* scalars;     // of kPrimal, as the next
+  T g_loss, scale;   // of kPenaltyGradient: cotangents are scale H v_k
+  double* numbers;   // (M, K) of kSquares: ||H v_k||^2
+  T* quadratic;      // (M, K) of kQuadratic
+  Scalars* scalars;  // of kPrimal, as the next
   Stack<double> losses;
 };
 static_assert(sizeof(SmallTask<double>) <= 4000, "the arguments of a kernel have 4 KiB");
@@ -30,6 +30,8 @@ size_t small_bytes(SmallOp op, const SmallTask<T>& task);
 
 template <class T>
 void run_small(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M);
+template <class T>
+void run_small_primal(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M);
 
 // out (M, P) = sum over groups of parts (M, groups, P), in order
 template <class T>

@@ -61,6 +61,7 @@ struct Blocks {
 struct Scalars {
   double loss, normalizer;
   double wrong_label;  // index of the first label out of range, or -1
+  double inverse;      // 1 / normalizer
 };
 
 // The loss and its targets.

@@ -123,8 +123,8 @@ class CudaModelsState:
     """M models of one network, each at its own parameters; K tangents each, as rows (M, K, P).
 
     Attributes:
-        scalars: (M, 3) float64 on the device: loss, normalizer and the index of the first label
-            out of range, or -1.
+        scalars: (M, 4) float64 on the device: loss, normalizer, the index of the first label out
+            of range or -1, and 1 / normalizer.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class CudaModelsState:
             order == 3,
             self._device.index or 0,
         )
-        self.scalars = torch.empty(M, 3, dtype=torch.float64, device=self._device)
+        self.scalars = torch.empty(M, 4, dtype=torch.float64, device=self._device)
         where, _workspace, self._residuals = self._memory("linearize")
         self._point.linearize(
             self._residuals.data_ptr(), self._residuals.nbytes, self.scalars.data_ptr(), where
@@ -189,7 +189,7 @@ class CudaModelsState:
         """
         spec, y = self._spec, self._inputs[2]
         rows = self.scalars.tolist()
-        for m, (_, _, wrong) in enumerate(rows):
+        for m, (_, _, wrong, _) in enumerate(rows):
             if wrong >= 0:
                 n = int(wrong)
                 label = int(y[m, n] if y.dim() == 2 else y[n])
@@ -197,7 +197,7 @@ class CudaModelsState:
                 raise ValueError(
                     of_model + label_message(label, n, spec.sizes[-1], spec.ignore_index)
                 )
-        return [(loss, normalizer) for loss, normalizer, _ in rows]
+        return [(loss, normalizer) for loss, normalizer, _, _ in rows]
 
     def gradient(self) -> Tensor:
         """Gradients d loss / d params, (M, P)."""

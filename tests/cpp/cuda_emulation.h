@@ -19,6 +19,7 @@
 #define __global__ static
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 enum cudaError_t {
   cudaSuccess = 0,
