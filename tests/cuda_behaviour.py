@@ -199,11 +199,12 @@ def test_bad_input_is_refused() -> None:
         cuda.linearize(spec, crooked, x, y, 3)
     with pytest.raises(ValueError, match="stream belongs to CUDA device 1"):
         ENGINE.draw("normal", 0, 0, 1, 3, params.data_ptr(), False, ENGINE.Where(0, 0x100, 0, 0))
-    state = cuda.linearize(spec, params, x, y, 3)
+    q = problem(WIDE)
+    wide = cuda.linearize(WIDE.spec, q.flat, q.x, q.y, 3)
+    where = ENGINE.Where(0, 0, raw.data_ptr(), 1)
     with pytest.raises(ValueError, match="workspace has 1 bytes, too few"):
-        state._models._point.hvp(
-            params.data_ptr(), 1, False, params.data_ptr(), ENGINE.Where(0, 0, raw.data_ptr(), 1)
-        )
+        wide._models._point.hvp(q.flat.data_ptr(), 1, False, q.flat.data_ptr(), where)
+    state = cuda.linearize(spec, params, x, y, 3)
     for call in (
         lambda: state.sample_traces(False, [True, True]),
         lambda: state.diagonal(False),

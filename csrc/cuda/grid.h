@@ -6,13 +6,12 @@
 
 namespace hvpfast::cuda {
 
+// `parts` blocks for the samples of each model and tangent.
 template <class Body>
-__global__ void __launch_bounds__(kThreads)
-    sample_kernel(int64_t samples, int N, int K, Body body) {
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kTeam;
-  if (at >= samples) return;  // whole teams
-  const int64_t item = at / N;
-  body(item / K, item % K, int(at % N));
+__global__ void __launch_bounds__(kThreads) sample_kernel(int parts, int N, int K, Body body) {
+  const int item = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts;
+  const int n = part * (kThreads / kTeam) + int(threadIdx.x) / kTeam;
+  if (n < N) body(item / K, item % K, n);  // whole teams
 }
 
 template <class Body>
@@ -88,9 +87,9 @@ class Grid {
   template <class Body>
   void samples(int N, int K, const Body& body) {
     if (call_.counting()) return;
-    const int64_t samples = M_ * K * int64_t(N);
-    launch("the loss", sample_kernel<Body>, (samples * kTeam + kThreads - 1) / kThreads, kThreads,
-           0, call_.stream, samples, N, K, body);
+    const int parts = int((int64_t(N) * kTeam + kThreads - 1) / kThreads);
+    launch("the loss", sample_kernel<Body>, M_ * K * parts, kThreads, 0, call_.stream, parts, N, K,
+           body);
   }
 
   template <class Body>
