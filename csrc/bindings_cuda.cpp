@@ -207,6 +207,7 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
   });
   m.attr("emulated") = kEmulated;
   m.attr("cuda_version") = CUDART_VERSION;
+  m.attr("matrix_kernels") = "own tiles (no cuBLAS)";
   py::class_<Where>(m, "Where")
       .def(py::init<int, uintptr_t, uintptr_t, size_t>(), py::arg("device"), py::arg("stream"),
            py::arg("workspace"), py::arg("bytes"));

@@ -55,6 +55,7 @@ class Engine(Protocol):
 
     emulated: bool
     cuda_version: int
+    matrix_kernels: str
     Where: type[_Where]
     Plan: type[_Plan]
 
