@@ -26,6 +26,7 @@ from hvpfast.functional import (
     penalty,
     quadratic_form,
 )
+from hvpfast.graphs import CapturedHVP, CapturedStep
 from hvpfast.linearization import Linearization
 from hvpfast.mlp import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
 from hvpfast.models import ModelsLinearization, ModelsOperator
@@ -37,6 +38,8 @@ from hvpfast.tracking import CurvatureLogger, read_log
 __all__ = [
     "MLP",
     "CGResult",
+    "CapturedHVP",
+    "CapturedStep",
     "CurvatureLogger",
     "DistributedError",
     "EigenResult",

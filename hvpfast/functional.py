@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvpfast import backends
+from hvpfast import backends, capture
 from hvpfast.checks import (
     check_batch,
     check_curvature,
@@ -89,7 +89,8 @@ def linearize(
         order: 3, or 2 to keep only what products, quadratic forms and the gradient need.
 
     Raises:
-        ValueError: wrong shapes, labels out of range, an empty batch, NaN or inf in the loss.
+        ValueError: wrong shapes, labels out of range, an empty batch, NaN or inf in the loss
+            (while a CUDA graph is recorded, values are not looked at).
         TypeError: not tensors, or a mix of dtypes or devices.
         RuntimeError: the named backend cannot run this.
     """
@@ -99,13 +100,15 @@ def linearize(
         x_all, y_all = check_models(spec, params, x, y)
         choice, _ = _plan(spec, backend, params.dtype, params.device)
         many = choice.module.linearize_models(spec, params, x_all, y_all, order)
-        check_losses(spec, many.loss, params, x_all, y_all)
+        if not capture.recording(params):
+            check_losses(spec, many.loss, params, x_all, y_all)
         return ModelsLinearization(spec, many, choice, order, params, (params, x, y))
     like = check_params(spec, params)
     x_rows, y_rows = check_batch(spec, like, x, y)
     choice, largest = _plan(spec, backend, like.dtype, like.device)
     state = choice.module.linearize(spec, params, x_rows, y_rows, order)
-    if not abs(state.loss_value) <= largest:  # also when it is NaN
+    # While a CUDA graph is recorded nothing has run yet: there is no loss to look at.
+    if not capture.recording(like) and not abs(state.loss_value) <= largest:  # also when it is NaN
         raise ValueError(nonfinite_reason(state.loss_value, spec, params, x_rows, y_rows))
     inputs = (params, x, y) if isinstance(params, Tensor) else (*params, x, y)
     return Linearization(spec, state, choice, order, like, inputs)

@@ -222,7 +222,7 @@ def _horner(t: _Floats, *coefficients: float) -> _Floats:
 
 
 # log(1 + f) = f - f^2/2 + f^3 p(f) for 1 + f in [sqrt(1/2), sqrt(2)]
-_LOG = (
+LOG_COEFFICIENTS = (
     7.0376836292e-2,
     -1.1514610310e-1,
     1.1676998740e-1,
@@ -233,8 +233,8 @@ _LOG = (
     -2.4999993993e-1,
     3.3333331174e-1,
 )
-_SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-_COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+SIN_COEFFICIENTS = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS_COEFFICIENTS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
 
 
 def _radius(words: _Words) -> _Floats:
@@ -248,7 +248,7 @@ def _radius(words: _Words) -> _Floats:
     e = np.where(large, e + 1, e)
     f = m - np.float32(1)
     t = f * f
-    lnm = f + (t * (f * _horner(f, *_LOG)) + np.float32(-0.5) * t)
+    lnm = f + (t * (f * _horner(f, *LOG_COEFFICIENTS)) + np.float32(-0.5) * t)
     neglog = (24 - e).astype(np.float32) * np.float32(0.693147180559945) - lnm
     radius: _Floats = np.sqrt(np.float32(2) * np.maximum(neglog, np.float32(0)))
     return radius
@@ -260,8 +260,8 @@ def _cos_sin(words: _Words) -> tuple[_Floats, _Floats]:
     quadrant = (v + (1 << 21)) >> 22
     t = (v - (quadrant << 22)).astype(np.float32) * np.float32(3.7450704e-07)
     t2 = t * t
-    s = _horner(t2, *_SIN) * t2 * t + t
-    c = _horner(t2, *_COS) * t2 * t2 - np.float32(0.5) * t2 + np.float32(1)
+    s = _horner(t2, *SIN_COEFFICIENTS) * t2 * t + t
+    c = _horner(t2, *COS_COEFFICIENTS) * t2 * t2 - np.float32(0.5) * t2 + np.float32(1)
     turns = quadrant & 3
     cos = np.choose(turns, [c, -s, -c, s])
     sin = np.choose(turns, [s, c, -s, -c])

@@ -11,6 +11,7 @@ tangents are looped over, with a warning that says so.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, func
 
+from hvpfast import capture
 from hvpfast.backends import reference_cores
 from hvpfast.backends.reference_cores import Cores
 from hvpfast.backends.reference_models import ReferenceModels
@@ -46,7 +48,7 @@ def linearize(
     Raises:
         ValueError: a label is out of range.
     """
-    if spec.loss == "cross_entropy":
+    if spec.loss == "cross_entropy" and not capture.recording(y):
         check_labels(spec, y)
     x, y = x.detach(), y.detach()
     tensors = (params,) if isinstance(params, Tensor) else tuple(params)
@@ -54,7 +56,8 @@ def linearize(
     def outputs(p: tuple[Tensor, ...]) -> Tensor:
         return spec.outputs(spec.unflatten(p[0]) if isinstance(params, Tensor) else p, x)
 
-    loss, normalizer = mlp_loss(spec, y, tensors[0])
+    loss, count = mlp_loss(spec, y, tensors[0])
+    normalizer = count if capture.recording(y) else count()
     state = linearize_function(outputs, loss, tensors, normalizer=normalizer)
     state.cores_at = lambda p, ggn: reference_cores.cores(spec, spec.unflatten(p), x, loss, ggn)
     return state
@@ -79,18 +82,25 @@ def linearize_models(
     return ReferenceModels(states)
 
 
-def mlp_loss(spec: MLPSpec, y: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], float]:
-    """(z -> loss, normalizer) of a specification for targets y, on the dtype and device of like."""
+Normalizer = Callable[[], float]
+
+
+def mlp_loss(
+    spec: MLPSpec, y: Tensor, like: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Normalizer]:
+    """(z -> loss, its normalizer) of a specification for targets y; dtype and device of like."""
     if spec.loss == "mse":
-        normalizer = float(y.numel()) if spec.reduction == "mean" else 1.0
-        return lambda z: F.mse_loss(z, y, reduction=spec.reduction), normalizer
+        total = float(y.numel()) if spec.reduction == "mean" else 1.0
+        return lambda z: F.mse_loss(z, y, reduction=spec.reduction), lambda: total
     weight = None
     if spec.class_weights is not None:
-        weight = torch.tensor(spec.class_weights, dtype=like.dtype, device=like.device)
-    normalizer = 1.0
-    if spec.reduction == "mean":
+        weight = _class_weights(spec.class_weights, like.dtype, like.device)
+
+    def normalizer() -> float:
+        if spec.reduction == "sum":
+            return 1.0
         counted = y[y != spec.ignore_index]
-        normalizer = float(counted.numel() if weight is None else weight[counted].double().sum())
+        return float(counted.numel() if weight is None else weight[counted].double().sum())
 
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -105,12 +115,18 @@ def mlp_loss(spec: MLPSpec, y: Tensor, like: Tensor) -> tuple[Callable[[Tensor],
     return loss, normalizer
 
 
+@functools.lru_cache(maxsize=64)
+def _class_weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights as a tensor; kept, so that nothing is copied while a CUDA graph is recorded."""
+    return torch.tensor(weights, dtype=dtype, device=device)
+
+
 def linearize_function(
     outputs_fn: Callable[[tuple[Tensor, ...]], Tensor],
     loss_fn: Callable[[Tensor], Tensor],
     params: Sequence[Tensor],
     *,
-    normalizer: float = 1.0,
+    normalizer: float | Normalizer = 1.0,
 ) -> ReferenceState:
     """The state of any model with any loss.
 
@@ -119,7 +135,8 @@ def linearize_function(
             in-place change of what it closes over, no randomness).
         loss_fn: maps outputs to a 0-dim loss.
         params: tensors of one floating-point dtype and device; the flat order is theirs.
-        normalizer: what the loss divided its sum by, if the caller knows and needs it.
+        normalizer: what the loss divided its sum by, if the caller knows and needs it, or a
+            function that finds it out when it is first asked for.
 
     Raises:
         TypeError: the parameters differ in dtype or device.
@@ -150,9 +167,9 @@ class ReferenceState:
         outputs_fn: Callable[[Tensor], Tensor],
         loss_fn: Callable[[Tensor], Tensor],
         flat: Tensor,
-        normalizer: float,
+        normalizer: float | Normalizer,
     ) -> None:
-        self.normalizer = normalizer
+        self._normalizer = normalizer
         self._outputs, self._loss_fn, self._flat = outputs_fn, loss_fn, flat
         self._products: dict[bool, Callable[[Tensor], Tensor]] = {}  # ggn -> (v -> H v)
         self.cores_at: Callable[[Tensor, bool], Cores] = _no_cores  # (p, ggn) -> cores
@@ -166,6 +183,11 @@ class ReferenceState:
     def loss_value(self) -> float:
         """The loss as a number."""
         return float(self.loss)
+
+    @functools.cached_property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by."""
+        return self._normalizer() if callable(self._normalizer) else self._normalizer
 
     def _objective(self, p: Tensor) -> Tensor:
         return self._loss_fn(self._outputs(p))
@@ -285,7 +307,7 @@ class ReferencePenalty:
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
         """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
         weights = tuple(
-            v.new_tensor(g) for v, g in zip(self._values, (g_loss, g_penalty), strict=True)
+            torch.full_like(v, g) for v, g in zip(self._values, (g_loss, g_penalty), strict=True)
         )
         out: Tensor = self._pullback(weights)[0]
         return out
