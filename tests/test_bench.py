@@ -40,7 +40,7 @@ class Distorted:
     def __init__(self, distort: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.distort = distort
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:

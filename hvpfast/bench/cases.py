@@ -24,6 +24,7 @@ Array = NDArray[Any]
 CURVATURE_OPERATIONS = ("gradient", "hvp", "hvp_warm", "quadratic", "penalty", "penalty_normal")
 OPERATIONS = (*CURVATURE_OPERATIONS, "train_step")
 DTYPES = ("float32", "float64")
+DEVICES = ("cpu", "cuda")
 PENALTY_WEIGHTS = (1.0, 0.01)  # gradient of weights[0] * loss + weights[1] * mean_k ||H v_k||^2
 # eps far above its usual 1e-8 makes one step a well-conditioned function of the gradient, so that
 # the float64 truth can judge it; the arithmetic of a step does not depend on its value.
@@ -67,10 +68,18 @@ _ALL = (
     Case("train-3072-256-100", (3072, 256, 100), "relu", 64, (3,), ("train_step",)),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
+# Too long for a default run on a CPU: the full data set of a small image task.
+DEVICE_CASES: dict[str, Case] = {
+    "784-128-128-10-n60000": Case(
+        "784-128-128-10-n60000", (784, 128, 128, 10), "sigmoid", 60000, (1,),
+        ("gradient", "hvp", "hvp_warm"),
+    ),
+}  # fmt: skip
 QUICK_CASES: dict[str, Case] = {
     "quick": Case("quick", (6, 5, 4), "relu", 8, (2,)),
     "train-quick": Case("train-quick", (6, 5, 4), "relu", 8, (1,), ("train_step",)),
 }
+KNOWN_CASES: dict[str, Case] = {**CASES, **DEVICE_CASES, **QUICK_CASES}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Problem:
     """A case with its numbers: params W_1, b_1, ...; x (N, D[0]); y (N,) int64; probes (K, P).
 
     ``rademacher`` are the probes that the library draws for ``PROBE_SEED``; ``normal`` are
-    ordinary normal numbers.
+    ordinary normal numbers. ``device`` is where torch providers put them.
     """
 
     case: Case
@@ -89,6 +98,7 @@ class Problem:
     y: Array
     rademacher: Array
     normal: Array
+    device: str = "cpu"
 
     def tangents(self, operation: str) -> Array:
         """Rows (K, P): normal numbers for ``penalty_normal``, Rademacher otherwise."""
@@ -128,13 +138,14 @@ class Problem:
         )
 
 
-def build(case: Case, num_tangents: int, dtype: str = "float32") -> Problem:
+def build(case: Case, num_tangents: int, dtype: str = "float32", device: str = "cpu") -> Problem:
     """Draw a case: nn.Linear's initial distribution, standard normal inputs, uniform labels.
 
     Args:
         case: the case.
         num_tangents: K >= 1.
         dtype: one of ``DTYPES``.
+        device: "cpu" or "cuda".
 
     Returns:
         The problem, the same on every machine and in every process.
@@ -157,6 +168,7 @@ def build(case: Case, num_tangents: int, dtype: str = "float32") -> Problem:
         y=y,
         rademacher=np.ascontiguousarray(signs.T.numpy()).astype(dtype),
         normal=rng.standard_normal((num_tangents, case.num_params)).astype(dtype),
+        device=device,
     )
 
 

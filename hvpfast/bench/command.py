@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvpfast.bench import record, report, suites
-from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES
+from hvpfast.bench.cases import CASES, DEVICES, DTYPES, KNOWN_CASES, OPERATIONS
 from hvpfast.bench.providers import PROVIDERS
-from hvpfast.bench.runner import Settings, run_bench
+from hvpfast.bench.runner import run_bench
+from hvpfast.bench.settings import Settings
 from hvpfast.files import write_whole
 
 DESCRIPTION = "Time gradients, curvature products and penalties against other ways to compute them."
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``hvpfast bench`` to a parser."""
     default = Settings()
     for name, known, all_of in (
-        ("cases", [*CASES, *QUICK_CASES], CASES),
+        ("cases", list(KNOWN_CASES), CASES),
         ("operations", OPERATIONS, OPERATIONS),
         ("providers", list(PROVIDERS), PROVIDERS),
     ):
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=default.rounds, help="default: %(default)s")
     add("--threads", type=int, default=default.threads, help="default: the usable cores")
     add("--dtype", choices=DTYPES, default=default.dtype, help="default: %(default)s")
+    add("--device", choices=DEVICES, default=default.device, help="default: %(default)s")
+    add("--forms", nargs="+", default=[], metavar="PATTERN",
+        help="run only 'provider: form' that match, as file names do")  # fmt: skip
+    add("--deadline", type=float, metavar="SECONDS", help="start no further form after this long")
     add("--budget", type=float, default=default.budget, metavar="SECONDS", help=BUDGET_HELP)
     add("--memory", action="store_true", help="also peak memory, one process per form")
     add("--quick", action="store_true", help="tiny cases in seconds: does everything work?")
@@ -77,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
                 budget=arguments.budget,
                 out=arguments.out,
                 resume=arguments.resume,
+                device=arguments.device,
+                forms=tuple(arguments.forms),
+                deadline=arguments.deadline,
             )
         )
     text = report.render(result)

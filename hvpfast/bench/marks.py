@@ -13,9 +13,11 @@ Row = Mapping[str, Any]
 class Mark:
     """``wanted`` is a ratio.
 
-    Against ``compiled``, ``eager`` or ``peer`` (both): the fastest such row's time over ours, at
-    least.  Against ``plain`` (an unpenalised step): our time over the fastest such row's, at most.
-    Against ``peak``: the share of the measured FMA peak by minimal operation counts, at least.
+    Against ``compiled``, ``eager``, ``peer`` (all kinds of peers) or ``torch-compile`` (that
+    provider): the fastest such row's time over ours, at least.  Against ``plain`` (an unpenalised
+    step), ``gradient`` (torch's eager gradient of the case) or ``floor`` (minimal operations at the
+    FMA peak): our time over it, at most.  Against ``peak``: the share of the FMA peak by minimal
+    operation counts, at least.
     """
 
     case: str
@@ -23,9 +25,11 @@ class Mark:
     operation: str
     against: str
     wanted: float
+    device: str = "cpu"
 
 
 _TINY, _WIDE, _LARGE = "40-32-10", "3072-256-100", "784-128-128-10"
+_DEEP = "784-1024-512-256-128-64-10"
 MARKS = (
     Mark(_TINY, 1, "hvp", "compiled", 10.0),
     Mark(_TINY, 1, "hvp", "eager", 35.0),
@@ -43,11 +47,23 @@ MARKS = (
     Mark(_LARGE, 8, "penalty", "peer", 1.8),
     Mark("train-40-32-32-10", 1, "train_step", "plain", 1.0),
     Mark("train-3072-256-100", 3, "train_step", "plain", 1.4),
+    Mark(_DEEP, 1, "hvp", "torch-compile", 3.0, "cuda"),
+    Mark(_DEEP, 1, "hvp", "gradient", 1.5, "cuda"),
+    Mark(_DEEP, 1, "hvp_warm", "gradient", 1.5, "cuda"),
+    Mark("train-3072-256-100", 3, "train_step", "peer", 5.0, "cuda"),
+    Mark("784-128-128-10-n60000", 1, "hvp_warm", "floor", 1.5, "cuda"),
 )
-_PEERS = {"compiled": ("compiled",), "eager": ("eager",), "peer": ("compiled", "eager")}
+AT_MOST = ("plain", "gradient", "floor")
+_PEERS = {
+    "compiled": ("compiled",),
+    "eager": ("eager",),
+    "peer": ("compiled", "eager", "graphed"),
+}
 # The forms that a mark is about: the functional form with the peers' own probes; with normal
 # probes the library draws them; a training step as it is written with autograd.
 FUNCTIONAL, AUTOGRAD = "ours-cpu", "ours-autograd"
+ON_GPU = ("ours-cuda", "ours-triton")
+ENGINES = (FUNCTIONAL, *ON_GPU)
 
 
 def _fastest(rows: Iterable[Row]) -> Row | None:
@@ -59,6 +75,8 @@ def _counts(row: Row, provider: str, operation: str) -> bool:
     """Whether a row may stand for a mark: drawn probes only where the mark is about them."""
     if row["provider"] != provider:
         return False
+    if provider in ON_GPU:  # a recorded step is what its mark is about; other marks are not
+        return ("captured" in str(row["form"])) == (operation == "train_step")
     if operation == "penalty":
         return "drawn" not in str(row["form"])
     return operation != "penalty_normal" or "drawn" in str(row["form"])
@@ -84,13 +102,16 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
             for row in rows
             if (row["case"], row["num_tangents"], row["operation"])
             == (mark.case, mark.num_tangents, mark.operation)
+            and row.get("device", "cpu") == mark.device
         ]
         if not cell:
             continue
         both = mark.operation in ("penalty", "penalty_normal", "train_step")
-        for provider in (FUNCTIONAL, AUTOGRAD) if both else (FUNCTIONAL,):
+        ways = (FUNCTIONAL, AUTOGRAD) if both else (FUNCTIONAL,)
+        for provider in ON_GPU if mark.device == "cuda" else ways:
             ours = _fastest(row for row in cell if _counts(row, provider, mark.operation))
-            found.append(_reached(mark, provider, ours, cell))
+            rivals = _gradients(mark, rows) if mark.against == "gradient" else cell
+            found.append(_reached(mark, provider, ours, rivals))
     return found
 
 
@@ -151,17 +172,36 @@ def _reached(mark: Mark, provider: str, ours: Row | None, cell: list[Row]) -> di
             return {**result, "reason": "the peak was not measured"}
         reached = float(ours["peak_fraction"])
         return {**result, "reached": reached, "met": reached >= mark.wanted}
+    if mark.against == "floor":
+        if ours["arithmetic_floor_s"] is None:
+            return {**result, "reason": "the peak is not known"}
+        reached = float(ours["median_s"]) / float(ours["arithmetic_floor_s"])
+        return {**result, "reached": reached, "met": reached <= mark.wanted}
     if mark.against == "plain":
         rival = _fastest(row for row in cell if row["kind"] == "plain" and not _compiled(row))
+    elif mark.against == "gradient":
+        rival = _fastest(cell)
+    elif mark.against == "torch-compile":
+        rival = _fastest(row for row in cell if row["provider"] == "torch-compile")
     else:
         rival = _fastest(row for row in cell if row["kind"] in _PEERS[mark.against])
     if rival is None:
         return {**result, "reason": f"no row of kind {mark.against} was timed"}
     result["rival"] = f"{rival['provider']}: {rival['form']}"
     ratio = float(rival["median_s"]) / float(ours["median_s"])
-    if mark.against == "plain":
+    if mark.against in AT_MOST:
         return {**result, "reached": 1 / ratio, "met": 1 / ratio <= mark.wanted}
     return {**result, "reached": ratio, "met": ratio >= mark.wanted}
+
+
+def _gradients(mark: Mark, rows: Iterable[Row]) -> list[Row]:
+    """torch's own gradients of the mark's case, run eagerly, on its device."""
+    return [
+        row
+        for row in rows
+        if (row["case"], row["operation"], row["kind"]) == (mark.case, "gradient", "eager")
+        and row.get("device", "cpu") == mark.device
+    ]
 
 
 def _compiled(row: Row) -> bool:

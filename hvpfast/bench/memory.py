@@ -66,7 +66,7 @@ def _reset_peak() -> None:
 def _child(words: list[str]) -> None:
     import torch
 
-    from hvpfast.bench.cases import CASES, QUICK_CASES, build
+    from hvpfast.bench.cases import KNOWN_CASES, QUICK_CASES, build
     from hvpfast.bench.providers import PROVIDERS
 
     case, num_tangents, dtype, operation, provider, form, threads = words
@@ -76,9 +76,7 @@ def _child(words: list[str]) -> None:
     names = list(QUICK_CASES)
     tiny = QUICK_CASES[names[1] if operation == "train_step" else names[0]]
     chosen.prepare(form, operation, build(tiny, int(num_tangents), dtype)).call()
-    prepared = chosen.prepare(
-        form, operation, build({**CASES, **QUICK_CASES}[case], int(num_tangents), dtype)
-    )
+    prepared = chosen.prepare(form, operation, build(KNOWN_CASES[case], int(num_tangents), dtype))
     _settle()
     before = _status("VmRSS")
     _reset_peak()

@@ -19,7 +19,7 @@ import torch
 import hvpfast
 from hvpfast.files import write_whole
 
-PACKAGES = ("hvpfast", "torch", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
+PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
 VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -54,8 +54,35 @@ def environment() -> dict[str, Any]:
         "torch_interop_threads": torch.get_num_interop_threads(),
         "torch_config": torch.__config__.show(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "gpu": gpu(),
         "backends": hvpfast.available(),
         "commit": _commit(),
+    }
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first GPU as torch and the driver describe it, or None."""
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(0)
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+        told = dict(zip(fields, done.stdout.strip().split(", "), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        told = {"nvidia-smi": str(error)[:200]}
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_bytes": facts.total_memory,
+        "l2_bytes": facts.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        **told,
     }
 
 

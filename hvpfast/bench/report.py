@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvpfast.bench.marks import judge, judge_memory
+from hvpfast.bench.marks import AT_MOST, ENGINES, judge, judge_memory
 
 Row = Mapping[str, Any]
 Cell = tuple[str, int, str]
 DISTURBED = 0.05  # cores used by other processes; a quiet machine shows less
-COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "plain": "#8c8c8c"}
+COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "graphed": "#8172b2",
+           "plain": "#8c8c8c"}  # fmt: skip
 
 
 def duration(seconds: float | None) -> str:
@@ -58,7 +59,7 @@ def _gradients(rows: Iterable[Row]) -> dict[str, float]:
 
 def cell_table(rows: list[Row], gradient: float | None) -> str:
     """One cell, fastest first."""
-    ours = [r["median_s"] for r in rows if r["provider"] == "ours-cpu" and r["status"] == "timed"]
+    ours = [r["median_s"] for r in rows if r["provider"] in ENGINES and r["status"] == "timed"]
     best = min(ours, default=None)
     lines = [("provider", "form", "median", "q1", "q3", "GFLOP/s", "peak", "gradients", "x ours",
               "memory")]  # fmt: skip
@@ -93,7 +94,7 @@ def marks_table(rows: Iterable[Row]) -> str:
         return "no mark is about the cells of this run"
     lines = [("case", "operation", "K", "against", "wanted", "reached", "met", "ours", "rival")]
     for mark in found:
-        least = "<=" if mark["against"] == "plain" else ">="
+        least = "<=" if mark["against"] in AT_MOST else ">="
         reached = mark["reached"]
         lines.append(
             (
@@ -139,18 +140,7 @@ def render(result: Mapping[str, Any]) -> str:
         result: what ``run_bench`` returned, or the JSON of a record.
     """
     environment, limits, rows = result["environment"], result["peak"], result["rows"]
-    parts = [
-        f"{environment['cpu_model']}, {environment['cpu_affinity']} cores, "
-        f"{limits['threads']} threads, {limits['dtype']}",
-        "FMA peak: "
-        + (
-            f"{limits['fma_gflops_1']:.0f} GFLOP/s on one thread, "
-            f"{limits['fma_gflops_all']:.0f} on all"
-            if limits["fma_gflops_all"]
-            else limits["fma_source"]
-        )
-        + f"; copy {limits['copy_gbytes_per_s']:.1f} GB/s",
-    ]
+    parts = [machine_line(environment, limits), limits_line(limits)]
     if (limits["disturbance"] or 0.0) > DISTURBED:
         parts.append(
             f"DISTURBED: other processes used {limits['disturbance']:.2f} cores while the peak was "
@@ -180,6 +170,38 @@ def render(result: Mapping[str, Any]) -> str:
     if result["interrupted"]:
         parts.append("INTERRUPTED: the cells that were not finished are missing")
     return "\n".join(parts)
+
+
+def machine_line(environment: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
+    """What the rows were timed on."""
+    if "gemm_gflops" in limits:
+        device = environment["gpu"] or {"name": "a GPU", "driver_version": "unknown"}
+        return (
+            f"{device['name']}, driver {device.get('driver_version', 'unknown')}, torch "
+            f"{environment['packages']['torch']}, {limits['dtype']}"
+        )
+    return (
+        f"{environment['cpu_model']}, {environment['cpu_affinity']} cores, "
+        f"{limits['threads']} threads, {limits['dtype']}"
+    )
+
+
+def limits_line(limits: Mapping[str, Any]) -> str:
+    """The limits that shares of the peak and floors are of."""
+    copy = f"copy {limits['copy_gbytes_per_s']:.1f} GB/s"
+    if "gemm_gflops" in limits:
+        nominal = limits["fma_gflops_all"]
+        peak = "unknown" if nominal is None else f"{nominal:.0f} GFLOP/s"
+        return (
+            f"FMA peak: {peak} ({limits['fma_source']}); torch's matrix product "
+            f"{limits['gemm_gflops']:.0f} GFLOP/s; {copy}"
+        )
+    if not limits["fma_gflops_all"]:
+        return f"FMA peak: {limits['fma_source']}; {copy}"
+    return (
+        f"FMA peak: {limits['fma_gflops_1']:.0f} GFLOP/s on one thread, "
+        f"{limits['fma_gflops_all']:.0f} on all; {copy}"
+    )
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -8,85 +8,20 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvpfast.bench import memory, peak, record, timing
-from hvpfast.bench.cases import CASES, DTYPES, OPERATIONS, QUICK_CASES, Case, build
+from hvpfast.bench import gpu_peak, memory, peak, record, timing
+from hvpfast.bench.cases import Case, build
 from hvpfast.bench.counts import minimal, minimal_bytes
 from hvpfast.bench.gate import Gate
 from hvpfast.bench.providers import PROVIDERS, Prepared, Provider
+from hvpfast.bench.settings import MIN_ROUNDS, Settings
 
-MIN_ROUNDS = 7
 SCREEN = 1.5  # a form slower than its provider's fastest by more is not timed further
 COMPILE_LEFT_OUT = "left out of the quick run, because compiling takes longer than the rest of it"
 QUICK_FORMS = 2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run.
-
-    Args:
-        cases, operations, providers: names; empty means all.
-        rounds: rounds per cell, fewer where ``budget`` seconds do not allow them (never below
-            ``MIN_ROUNDS``).
-        threads: threads for torch and hvpfast, and cores for XLA.
-        dtype: "float32" or "float64".
-        memory: also measure peak memory, one process per form.
-        quick: the tiny cases, few rounds, no torch.compile: a check that everything works.
-        out: folder for record and figure, or None.
-        resume: go on with the record in ``out``, where there is one, after its last whole cell.
-    """
-
-    cases: tuple[str, ...] = ()
-    operations: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    rounds: int = 25
-    threads: int = field(default_factory=record.usable_cores)
-    dtype: str = "float32"
-    memory: bool = False
-    quick: bool = False
-    budget: float = 60.0
-    out: Path | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse unknown names and numbers out of range."""
-        known = {**CASES, **QUICK_CASES}
-        for what, names, allowed in (
-            ("case", self.cases, tuple(known)),
-            ("operation", self.operations, OPERATIONS),
-            ("provider", self.providers, tuple(PROVIDERS)),
-            ("dtype", (self.dtype,), DTYPES),
-        ):
-            for name in names:
-                if name not in allowed:
-                    raise ValueError(f"unknown {what} {name!r}; choose from {', '.join(allowed)}")
-        if self.rounds < 1 or self.threads < 1:
-            raise ValueError(f"rounds and threads must be >= 1; got {self.rounds}, {self.threads}")
-        if self.resume and self.out is None:
-            raise ValueError("resume goes on with the record of a folder; name it by out")
-
-    def chosen_cases(self) -> list[Case]:
-        """The cases to run, in order."""
-        if self.cases:
-            return [{**CASES, **QUICK_CASES}[name] for name in self.cases]
-        return list((QUICK_CASES if self.quick else CASES).values())
-
-    def cells(self) -> list[tuple[Case, int, str]]:
-        """(case, K, operation); an operation without tangents is run for the first K only."""
-        return [
-            (case, K, operation)
-            for case in self.chosen_cases()
-            for K in case.num_tangents
-            for operation in case.operations
-            if not self.operations or operation in self.operations
-            if operation != "gradient" or case.num_tangents.index(K) == 0
-        ]
 
 
 class Progress:
@@ -139,7 +74,9 @@ def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
                 progress.start(f"{case.name} K={K} {operation}")
                 if (case.name, K, operation) in done:
                     continue
-                result["rows"] += _cell(case, K, operation, providers, settings, result, progress)
+                result["rows"] += _cell(
+                    case, K, operation, providers, settings, result, progress, started
+                )
                 _save(result, settings, earlier + time.perf_counter() - started)
         except KeyboardInterrupt:
             result["interrupted"] = True
@@ -164,6 +101,9 @@ def _begun(settings: Settings, skipped: dict[str, str]) -> dict[str, Any]:
             "quick": settings.quick,
             "memory": settings.memory,
             "budget_s": settings.budget,
+            "device": settings.device,
+            "forms": list(settings.forms),
+            "deadline_s": settings.deadline,
         },
         "skipped": skipped,
         "interrupted": False,
@@ -208,6 +148,8 @@ def _threads(threads: int) -> Iterator[None]:
 def _limits(settings: Settings) -> dict[str, Any]:
     """The machine's limits, and how much of it others used while they were measured."""
     disturbance = timing.Disturbance()
+    if settings.device != "cpu":
+        return {**gpu_peak.measure(settings.dtype), "disturbance": disturbance.share()}
     found = peak.measure(settings.threads, settings.dtype, 0.02 if settings.quick else 0.2)
     return {**found, "disturbance": disturbance.share()}
 
@@ -216,7 +158,7 @@ def _usable(settings: Settings) -> tuple[list[Provider], dict[str, str]]:
     """The providers that can run, and why the others cannot."""
     usable, skipped = list[Provider](), dict[str, str]()
     for name in settings.providers or tuple(PROVIDERS):
-        reason = PROVIDERS[name].unavailable()
+        reason = PROVIDERS[name].unavailable(settings.device)
         if reason is None and settings.quick and name == "torch-compile" and not settings.providers:
             reason = COMPILE_LEFT_OUT
         if reason is None:
@@ -234,9 +176,10 @@ def _cell(
     settings: Settings,
     result: dict[str, Any],
     progress: Progress,
+    started: float,
 ) -> list[dict[str, Any]]:
     """Rows of one cell, every form of every provider."""
-    gate = Gate(build(case, num_tangents, settings.dtype), operation)
+    gate = Gate(build(case, num_tangents, settings.dtype, settings.device), operation)
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Prepared] = {}
     for provider in providers:
@@ -244,7 +187,10 @@ def _cell(
         for form in forms[:QUICK_FORMS] if settings.quick else forms:
             key = f"{provider.name}: {form}"
             progress.say(f"checking {key}")
-            row, prepared = _check(provider, form, operation, gate)
+            row: dict[str, Any] = {"status": "left out", "reason": settings.left_out(key, started)}
+            prepared: Prepared | None = None
+            if row["reason"] is None:
+                row, prepared = _check(provider, form, operation, gate)
             rows[key] = {
                 **_identity(case, num_tangents, operation, provider, form, settings),
                 **row,
@@ -260,7 +206,11 @@ def _cell(
 
     disturbance = timing.Disturbance()
     times = timing.interleave(
-        {key: prepared.call for key, prepared in ready.items()}, estimates, rounds, tick
+        {key: prepared.call for key, prepared in ready.items()},
+        estimates,
+        rounds,
+        tick,
+        {key: _clock(prepared, settings.device) for key, prepared in ready.items()},
     )
     share = disturbance.share()
     for key, measured in times.items():
@@ -313,9 +263,17 @@ def _identity(
         "form": form,
         "dtype": settings.dtype,
         "threads": settings.threads,
+        "device": settings.device,
         **dict.fromkeys(("status", "reason", "median_s", "q1_s", "q3_s", "min_s", "rounds", "inner",
                          "first_call_s", "errors", "memory", "disturbance")),
     }  # fmt: skip
+
+
+def _clock(prepared: Prepared, device: str) -> timing.Clock:
+    """What times a form: the host, the GPU's events, or the host once a result is there."""
+    if prepared.wait is not None:
+        return timing.waiting(prepared.wait)
+    return timing.host_seconds if device == "cpu" else timing.event_seconds
 
 
 def _check(
@@ -328,7 +286,8 @@ def _check(
         prepared = provider.prepare(form, operation, gate.problem)
         verdict = gate.judge(prepared, provider.kind)
         first = time.perf_counter() - start
-        seconds = timing.estimate(prepared.call) if verdict.ok else None
+        clock = _clock(prepared, gate.problem.device)
+        seconds = timing.estimate(prepared.call, clock) if verdict.ok else None
     except Exception as error:  # a provider that breaks is reported, and the run goes on
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}, None
     errors = {  # JSON has no infinity and no NaN

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 TURN_SECONDS = 2e-3  # clocked time aimed at in one turn
 WARM_SECONDS = 1e-3  # untimed calls ahead of it, at least one for calls shorter than COLD_SECONDS
@@ -43,13 +44,48 @@ class Times:
         return float(low), float(high)
 
 
-def estimate(call: Callable[[], Any]) -> float:
+Clock = Callable[[Callable[[], Any], int], float]
+
+
+def host_seconds(call: Callable[[], Any], calls: int) -> float:
+    """Seconds of ``calls`` calls by the host's clock; each is complete when it returns."""
+    repeats = range(calls)
+    start = time.perf_counter()
+    for _ in repeats:
+        call()
+    return time.perf_counter() - start
+
+
+def event_seconds(call: Callable[[], Any], calls: int) -> float:
+    """Seconds between two CUDA events of torch's current stream around ``calls`` calls."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    before.record()
+    for _ in range(calls):
+        call()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
+
+
+def waiting(wait: Callable[[Any], Any]) -> Clock:
+    """A host's clock for calls that are queued: it waits for the last, and so for all."""
+
+    def seconds(call: Callable[[], Any], calls: int) -> float:
+        out = None
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        wait(out)
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def estimate(call: Callable[[], Any], clock: Clock = host_seconds) -> float:
     """A quick guess of the seconds per call: the smallest of at least two, of five if short."""
     best, spent, done = float("inf"), 0.0, 0
     while done < 2 or (spent < 0.1 and done < 5) or (spent < 0.02 and done < 20):
-        start = time.perf_counter()
-        call()
-        took = time.perf_counter() - start
+        took = clock(call, 1)
         best, spent, done = min(best, took), spent + took, done + 1
         if took > 1.0:
             break
@@ -61,14 +97,16 @@ def interleave(
     estimates: Mapping[str, float],
     rounds: int,
     tick: Callable[[int], None] = lambda done: None,
+    clocks: Mapping[str, Clock] | None = None,
 ) -> dict[str, Times]:
     """Time every call in ``rounds`` rounds.
 
     Args:
-        calls: by name; each call is complete when it returns.
+        calls: by name.
         estimates: seconds per call, to choose how many calls make a turn.
         rounds: rounds, each with one turn per call.
         tick: told the number of rounds done.
+        clocks: by name, what takes the time of a turn; the host's where there is none.
 
     Returns:
         Times by name.
@@ -88,7 +126,8 @@ def interleave(
         for done in range(rounds):
             first = done % len(names)
             for name in names[first:] + names[:first]:
-                seconds[name].append(_turn(calls[name], warm[name], inner[name]))
+                clock = (clocks or {}).get(name, host_seconds)
+                seconds[name].append(_turn(calls[name], warm[name], inner[name], clock))
                 if estimates[name] > COLD_SECONDS:  # its cycles may hold much memory
                     gc.collect()
             gc.collect()
@@ -96,15 +135,11 @@ def interleave(
     return {n: Times(tuple(seconds[n]), inner[n]) for n in names}
 
 
-def _turn(call: Callable[[], Any], warm: int, inner: int) -> float:
+def _turn(call: Callable[[], Any], warm: int, inner: int, clock: Clock) -> float:
     time.sleep(SETTLE_SECONDS)
-    for _ in range(warm):
-        call()
-    repeats = range(inner)
-    start = time.perf_counter()
-    for _ in repeats:
-        call()
-    return (time.perf_counter() - start) / inner
+    if warm:
+        clock(call, warm)  # the same clock: it ends with nothing queued
+    return clock(call, inner) / inner
 
 
 class Disturbance:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from hvpfast.bench.providers.base import KINDS, Prepared, Provider
 from hvpfast.bench.providers.jax_jit import JaxJit
-from hvpfast.bench.providers.ours import Autograd, Functional
+from hvpfast.bench.providers.ours import RECORDED, Autograd, Functional
 from hvpfast.bench.providers.torch_compile import TorchCompile
 from hvpfast.bench.providers.torch_eager import TorchEager
 from hvpfast.bench.providers.torch_func import TorchFunc
+from hvpfast.bench.providers.torch_graphs import TorchGraphs
 from hvpfast.bench.providers.torch_plain import TorchPlain
 
 _ALL: tuple[Provider, ...] = (
     Functional("cpu"),
+    *(Functional(name) for name in RECORDED),
     Autograd(),
     Functional("reference"),
     TorchEager(),
     TorchFunc(),
     TorchCompile(),
+    TorchGraphs(),
     JaxJit(),
     TorchPlain(),
 )

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from hvpfast.bench.cases import Array, Problem
 
-KINDS = ("ours", "eager", "compiled", "plain")  # plain: an unpenalised training step
+# graphed: recorded once as a CUDA graph and replayed; plain: an unpenalised training step
+KINDS = ("ours", "eager", "compiled", "graphed", "plain")
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,22 @@ class Prepared:
     """One form ready to run, its inputs already in its natural layout.
 
     Args:
-        call: one complete operation, finished when it returns.
+        call: one complete operation. On the CPU it is finished when it returns; on a GPU its work
+            is queued on torch's current stream, or ``wait`` waits for it.
         outputs: turns what ``call`` returned into float arrays in flat order, by name: ``loss``
             (), ``gradient`` (P,), ``hvp`` (K, P), ``quadratic`` (K,), ``penalty`` (), ``params``
             (P,) after a training step.
         drawn: the probes are drawn inside ``call`` and are not the problem's, so only statistics
             can be compared.
         restore: puts the parameters of a training step back where they started.
+        wait: waits for what ``call`` returned, where torch's stream does not know of it.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], dict[str, Array]]
     drawn: bool = False
     restore: Callable[[], None] | None = None
+    wait: Callable[[Any], Any] | None = None
 
 
 class Provider(Protocol):
@@ -37,8 +41,8 @@ class Provider(Protocol):
     name: str
     kind: str
 
-    def unavailable(self) -> str | None:
-        """None when it can run here, otherwise the reason."""
+    def unavailable(self, device: str = "cpu") -> str | None:
+        """None when it can run here on ``device`` ("cpu" or "cuda"), otherwise the reason."""
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         """Names of the forms that compute the operation; empty when there is none."""

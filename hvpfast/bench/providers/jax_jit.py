@@ -9,7 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from hvpfast.bench.cases import PENALTY_WEIGHTS, Problem
+from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers import transforms
 from hvpfast.bench.providers.base import Prepared
@@ -25,7 +25,7 @@ class JaxJit:
     name = "jax"
     kind = "compiled"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
         if importlib.util.find_spec("jax") is None:
             return "jax is not installed (pip install 'hvpfast[bench]')"
         try:
@@ -34,41 +34,46 @@ class JaxJit:
             # time. Read when the CPU client starts, so it must come first.
             with contextlib.suppress(AttributeError):  # old versions have no such choice
                 jax.config.update("jax_cpu_enable_async_dispatch", False)
-            jax.devices("cpu")
+            # On a GPU the default is TF32, three digits; elsewhere this changes nothing.
+            jax.config.update("jax_default_matmul_precision", "highest")
+            jax.devices(device)
         except Exception as error:  # jax raises several types of its own
-            return f"jax cannot start its CPU device: {error}"
+            return f"jax cannot start its {device} device: {error}"
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        return transforms.forms(operation, num_tangents)
+        return transforms.forms("penalty" if operation == "train_step" else operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         jax = _jax()
         if problem.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
-        device = jax.devices("cpu")[0]
+        device = jax.devices(problem.device)[0]
         tangents = problem.tangents(operation)
         if transforms.split_form(form)[1] == "vmap":
             V: Any = problem.stack(tangents)
         else:
             V = tuple(problem.split(row) for row in tangents)
         arguments = jax.device_put((problem.params, problem.x, problem.y, V), device)
-        if operation == "hvp_warm":
+        # On the CPU dispatch is synchronous; a GPU's calls are queued and waited for.
+        wait = None if problem.device == "cpu" else jax.block_until_ready
+        run = functools.partial(
+            _run,
+            operation="penalty" if operation == "train_step" else operation,
+            form=form,
+            num_tangents=problem.num_tangents,
+            activation=problem.case.activation,
+        )
+        outputs = common.named_outputs(operation)
+        if operation == "train_step":
+            call, outputs = _step(jax, run, arguments), _step_outputs
+        elif operation == "hvp_warm":
             call = _warm(jax, form, problem.case.activation, arguments)
         else:
-            run = functools.partial(
-                _run,
-                operation=operation,
-                form=form,
-                num_tangents=problem.num_tangents,
-                activation=problem.case.activation,
-            )
-            compiled = jax.jit(run)
-
-            def call() -> Any:
-                return jax.block_until_ready(compiled(*arguments))
-
-        return Prepared(call, common.named_outputs(operation))
+            call = functools.partial(jax.jit(run), *arguments)
+        if wait is not None:
+            return Prepared(call, outputs, wait=wait)
+        return Prepared(lambda: jax.block_until_ready(call()), outputs)
 
 
 def mlp_loss(params: tuple[Any, ...], x: Any, y: Any, activation: str) -> Any:
@@ -125,4 +130,36 @@ def _warm(jax: Any, form: str, activation: str, arguments: Any) -> Callable[[], 
 
     kept = jax.block_until_ready(jax.jit(residuals)(params))
     compiled = jax.jit(apply)
-    return lambda: jax.block_until_ready(compiled(kept, V))
+    return lambda: compiled(kept, V)
+
+
+def _step(jax: Any, run: Callable[..., Any], arguments: Any) -> Callable[[], Any]:
+    """Adam on the penalised loss, gradient and update in one jitted function, buffers donated."""
+    params, x, y, V = arguments
+    lr, eps, b1, b2 = ADAM["lr"], ADAM["eps"], 0.9, 0.999
+
+    def step(p: Any, m: Any, v: Any, t: Any, x: Any, y: Any, V: Any) -> Any:
+        g = run(p, x, y, V)[2]
+        m = tuple(b1 * a + (1 - b1) * b for a, b in zip(m, g, strict=True))
+        v = tuple(b2 * a + (1 - b2) * b * b for a, b in zip(v, g, strict=True))
+        c1, c2 = 1 - b1**t, 1 - b2**t
+        p = tuple(
+            w - lr * (a / c1) / (jax.numpy.sqrt(b / c2) + eps)
+            for w, a, b in zip(p, m, v, strict=True)
+        )
+        return g, p, m, v, t + 1
+
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2, 3))
+    zeros = [jax.tree_util.tree_map(jax.numpy.zeros_like, params) for _ in range(2)]
+    start = jax.tree_util.tree_map(jax.numpy.array, params)  # copies: the step's own to donate
+    state: list[Any] = [start, *zeros, jax.numpy.ones(())]
+
+    def call() -> Any:
+        gradient, *state[:] = compiled(*state, x, y, V)
+        return gradient, state[0]
+
+    return call
+
+
+def _step_outputs(out: Any) -> dict[str, Any]:
+    return {"gradient": common.flat(out[0]), "params": common.flat(out[1])}

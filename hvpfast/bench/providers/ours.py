@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import hvpfast as hf
+from hvpfast.backends import choose
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, PROBE_SEED, Array, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared
 from hvpfast.bench.providers.torch_eager import step_outputs
 from hvpfast.bench.providers.torch_plain import flat_model, sequential_model
+
+RECORDED = ("cuda", "triton")  # backends whose work is timed as a CUDA graph too
 
 
 def spec_of(problem: Problem) -> hf.MLPSpec:
@@ -22,30 +25,30 @@ def spec_of(problem: Problem) -> hf.MLPSpec:
     return hf.MLPSpec(problem.case.sizes, problem.case.activation)
 
 
-def columns(rows: Array) -> Tensor:
+def columns(rows: Array, device: str = "cpu") -> Tensor:
     """Tangents (P, K) whose transpose is contiguous, as ``hf.probes`` returns them."""
-    return torch.tensor(rows).T
+    return torch.tensor(rows, device=device).T
 
 
 def _outputs(operation: str) -> Callable[[Any], dict[str, Array]]:
     if operation in ("hvp", "hvp_warm"):
-        return lambda out: {"hvp": np.ascontiguousarray(out.T)}
-    if operation == "quadratic":
-        return lambda out: {"quadratic": out.numpy()}
-    if operation == "gradient":
-        return lambda out: {"loss": out[0].numpy(), "gradient": out[1].numpy()}
-    return lambda out: {
-        "loss": out[0].numpy(),
-        "penalty": out[1].numpy(),
-        "gradient": out[2].numpy(),
-    }
+        return lambda out: {"hvp": np.ascontiguousarray(common.array(out).T)}
+    names = {"quadratic": ("quadratic",), "gradient": ("loss", "gradient")}.get(
+        operation, ("loss", "penalty", "gradient")
+    )
+
+    def named(out: Any) -> dict[str, Array]:
+        values = (out,) if len(names) == 1 else out
+        return {name: common.array(value) for name, value in zip(names, values, strict=True)}
+
+    return named
 
 
 class Functional:
     """``hf.linearize`` and what follows it; no autograd.
 
     Forms: parameters ``flat`` (P,) or ``layers`` [W_1, b_1, ...]; ``drawn`` has the library draw
-        the probes.
+        the probes; ``captured`` replays a CUDA graph.
     """
 
     kind = "ours"
@@ -53,10 +56,26 @@ class Functional:
     def __init__(self, backend: str) -> None:
         self.backend, self.name = backend, f"ours-{backend}"
 
-    def unavailable(self) -> str | None:
-        return hf.available()[self.backend]
+    def unavailable(self, device: str = "cpu") -> str | None:
+        reason = hf.available().get(self.backend, f"there is no backend {self.backend!r}")
+        reason = reason or common.no_device(device)
+        if reason is not None:
+            return reason
+        try:
+            choose(self.backend, hf.MLPSpec((2, 2)), torch.device(device), torch.float32)
+        except RuntimeError as error:
+            return str(error)
+        return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        forms = self._plain_forms(operation)
+        if self.backend not in RECORDED:
+            return forms
+        if operation == "train_step":
+            return (*forms, "flat rademacher captured", "flat normal captured")
+        return (*forms, "flat captured") if operation == "hvp" else forms
+
+    def _plain_forms(self, operation: str) -> tuple[str, ...]:
         if operation == "penalty":
             return ("flat", "layers", "flat drawn")
         if operation == "penalty_normal":
@@ -68,13 +87,17 @@ class Functional:
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         if operation == "train_step":
             return self._train_step(form, problem)
-        params: Any = torch.tensor(problem.flat())
+        params: Any = torch.tensor(problem.flat(), device=problem.device)
         if form.startswith("layers"):
-            params = list(common.tensors(problem.params))
+            params = list(common.tensors(problem.params, problem.device))
         _, x, y = common.inputs(problem)
         spec, backend = spec_of(problem), self.backend
-        V = columns(problem.tangents(operation))
+        V = columns(problem.tangents(operation), problem.device)
         call: Callable[[], Any]
+        if form.endswith("captured"):
+            return Prepared(
+                hf.CapturedHVP(spec, params, x, y, V, backend=backend), _outputs(operation)
+            )
         if operation == "gradient":
 
             def call() -> Any:
@@ -138,9 +161,21 @@ class Functional:
         model = flat_model(problem)
         _, x, y = common.inputs(problem)
         spec, backend, K = spec_of(problem), self.backend, problem.num_tangents
-        optimizer = torch.optim.Adam([model.flat], fused=True, **ADAM)
+        captured, distribution = form.endswith("captured"), form.split(" ")[1]
+        optimizer = torch.optim.Adam([model.flat], fused=True, capturable=captured, **ADAM)
         seeds = iter(range(PROBE_SEED, 2**62))
-        distribution = form.split(" ")[1]
+        restore = restorer((model.flat,))
+        if captured:
+            recorded = hf.CapturedStep(
+                spec, model.flat, optimizer, x, y, num_probes=K, distribution=distribution,
+                seed=PROBE_SEED, weights=PENALTY_WEIGHTS, backend=backend,
+            )  # fmt: skip
+
+            def replay() -> Any:
+                recorded()
+                return (model.flat,)
+
+            return Prepared(replay, step_outputs, distribution == "normal", restore)
 
         def step() -> Any:
             lin = hf.linearize(spec, model.flat, x, y, backend=backend)
@@ -154,7 +189,7 @@ class Functional:
             optimizer.step()
             return (model.flat,)
 
-        return Prepared(step, step_outputs, distribution == "normal", restorer((model.flat,)))
+        return Prepared(step, step_outputs, distribution == "normal", restore)
 
 
 def restorer(params: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -178,10 +213,10 @@ class Autograd:
     name = "ours-autograd"
     kind = "ours"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
         if not hasattr(hf, "hessian_penalty"):
             return "this version of hvpfast has no hessian_penalty"
-        return hf.available()["cpu"]
+        return hf.available()["cpu"] if device == "cpu" else common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         if operation == "penalty":
@@ -212,7 +247,7 @@ class Autograd:
                 num_probes=K,
                 distribution=distribution,
                 seed=PROBE_SEED if fixed else next(seeds),
-                backend="cpu",
+                backend="cpu" if problem.device == "cpu" else "auto",
             )
             total: Any = PENALTY_WEIGHTS[0] * loss + PENALTY_WEIGHTS[1] * penalty
             total.backward()

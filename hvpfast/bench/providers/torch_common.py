@@ -25,28 +25,39 @@ def mlp_loss(
     return F.cross_entropy(F.linear(a, params[-2], params[-1]), y)
 
 
-def tensors(arrays: Sequence[Array]) -> tuple[Tensor, ...]:
+def tensors(arrays: Sequence[Array], device: str = "cpu") -> tuple[Tensor, ...]:
     """Copies as tensors, so that no two providers share memory."""
-    return tuple(torch.tensor(a) for a in arrays)
+    return tuple(torch.tensor(a, device=device) for a in arrays)
 
 
 def inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """params, x, y."""
-    return tensors(problem.params), torch.tensor(problem.x), torch.tensor(problem.y)
+    x, y = tensors((problem.x, problem.y), problem.device)
+    return tensors(problem.params, problem.device), x, y
+
+
+def no_device(device: str) -> str | None:
+    """Why torch cannot use the device, or None."""
+    if device == "cpu" or torch.cuda.is_available():
+        return None
+    return f"torch sees no device {device!r}"
+
+
+def array(value: Any) -> Array:
+    """A tensor on any device, or what NumPy can read, as an array."""
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def flat(parts: Sequence[Any]) -> Array:
     """Arrays shaped like the parameters as one vector (P,)."""
-    return np.concatenate(
-        [np.asarray(p.detach() if isinstance(p, Tensor) else p).ravel() for p in parts]
-    )
+    return np.concatenate([array(p).ravel() for p in parts])
 
 
 def rows(found: Any) -> Array:
     """A list of K trees, or a tree of stacked arrays, as (K, P)."""
     if isinstance(found, list):
         return np.stack([flat(tree) for tree in found])
-    return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in found], axis=1)
+    return np.concatenate([array(leaf).reshape(len(leaf), -1) for leaf in found], axis=1)
 
 
 def scalar(value: Any) -> Array:

@@ -15,10 +15,11 @@ from hvpfast.bench.cases import Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers import transforms
 from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.torch_eager import train_step
 from hvpfast.bench.providers.torch_func import arguments_of, evaluate, options_of
 
-# Every form is tried in a process of its own first: some of the code that torch 2.13 generates for
-# nested transforms writes out of bounds and ends the process.
+# On the CPU every form is tried in a process of its own first: some of the code that torch 2.13
+# generates for nested transforms writes out of bounds and ends the process.
 TRIAL_SECONDS = 600
 TRIAL_CALLS = 20
 
@@ -29,29 +30,39 @@ class TorchCompile:
     name = "torch-compile"
     kind = "compiled"
 
-    def unavailable(self) -> str | None:
+    def unavailable(self, device: str = "cpu") -> str | None:
+        if reason := common.no_device(device):
+            return reason
         if os.name == "nt":
             return "torch.compile for CPU tensors needs a C++ compiler set up by hand on Windows"
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         # Nothing kept between calls of a compiled function: no warm form.
-        return () if operation == "hvp_warm" else transforms.forms(operation, num_tangents)
+        if operation == "hvp_warm":
+            return ()
+        return transforms.forms("penalty" if operation == "train_step" else operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
-        _try(form, operation, problem)
+        if problem.device == "cpu":
+            _try(form, operation, problem)
         return compiled(form, operation, problem)
 
 
 def compiled(form: str, operation: str, problem: Problem) -> Prepared:
     """The form compiled as a function of all its inputs."""
     arguments = arguments_of(problem, form, operation)
-    options = options_of(problem, form, operation)
+    differentiated = "penalty" if operation == "train_step" else operation
+    options = options_of(problem, form, differentiated)
 
     def whole(params: Any, x: Tensor, y: Tensor, V: Any) -> Any:
         return evaluate(params, x, y, V, **options)
 
     function: Any = torch.compile(own_code(whole), fullgraph=True, dynamic=False)
+    if operation == "train_step":
+        return train_step(
+            arguments[0], lambda: function(*arguments), capturable=problem.device != "cpu"
+        )
     return Prepared(lambda: function(*arguments), common.named_outputs(operation))
 
 
@@ -84,10 +95,10 @@ def _try(form: str, operation: str, problem: Problem) -> None:
 
 
 def _trial(words: list[str]) -> None:
-    from hvpfast.bench.cases import CASES, QUICK_CASES, build
+    from hvpfast.bench.cases import KNOWN_CASES, build
 
     case, num_tangents, dtype, operation, form = words
-    problem = build({**CASES, **QUICK_CASES}[case], int(num_tangents), dtype)
+    problem = build(KNOWN_CASES[case], int(num_tangents), dtype)
     prepared = compiled(form, operation, problem)
     for _ in range(TRIAL_CALLS):
         prepared.call()

@@ -25,8 +25,8 @@ class TorchEager:
     name = "torch-eager"
     kind = "eager"
 
-    def unavailable(self) -> str | None:
-        return None
+    def unavailable(self, device: str = "cpu") -> str | None:
+        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         batched = ("double backward batched",) if num_tangents > 1 else ()
@@ -48,10 +48,12 @@ class TorchEager:
         loss = functools.partial(_loss, x=x, y=y, act=common.ACTIVATIONS[problem.case.activation])
         tangents = problem.tangents(operation)
         batched = form.endswith("batched")
-        V: Any = common.tensors(problem.stack(tangents)) if batched else _trees(problem, tangents)
+        V: Any = _trees(problem, tangents)
+        if batched:
+            V = common.tensors(problem.stack(tangents), problem.device)
         call = _call(form, operation, params, loss, V, problem.num_tangents, batched)
         if operation == "train_step":
-            return train_step(params, call)
+            return train_step(params, call, capturable=problem.device != "cpu")
         return Prepared(call, common.named_outputs(operation))
 
 
@@ -62,7 +64,7 @@ def _loss(
 
 
 def _trees(problem: Problem, tangents: Any) -> list[tuple[Tensor, ...]]:
-    return [common.tensors(problem.split(row)) for row in tangents]
+    return [common.tensors(problem.split(row), problem.device) for row in tangents]
 
 
 def _call(
@@ -184,9 +186,12 @@ def _per_probe(
     return value, penalty / K, total
 
 
-def train_step(params: tuple[Tensor, ...], penalised_call: Callable[[], Any]) -> Prepared:
-    """A penalised step: gradient into ``.grad``, then Adam."""
-    optimizer = torch.optim.Adam(params, fused=True, **ADAM)
+def train_step(
+    params: tuple[Tensor, ...], penalised_call: Callable[[], Any], *, capturable: bool
+) -> Prepared:
+    """A penalised step: gradient into ``.grad``, then Adam; ``capturable`` counts on the device."""
+    optimizer = torch.optim.Adam(params, fused=True, capturable=capturable, **ADAM)
+    start = [p.detach().clone() for p in params]
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -196,7 +201,15 @@ def train_step(params: tuple[Tensor, ...], penalised_call: Callable[[], Any]) ->
         optimizer.step()
         return params
 
-    return Prepared(step, step_outputs)
+    @torch.no_grad()
+    def restore() -> None:
+        for p, value in zip(params, start, strict=True):
+            p.copy_(value)
+        for state in optimizer.state.values():  # all of it starts at zero
+            for value in state.values():
+                value.zero_()
+
+    return Prepared(step, step_outputs, restore=restore)
 
 
 def step_outputs(params: Sequence[Tensor]) -> dict[str, Any]:

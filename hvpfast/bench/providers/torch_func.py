@@ -47,8 +47,8 @@ def layout(problem: Problem, form: str, operation: str) -> Any:
     """Tangents as the form wants them: a tuple of K trees, or a tree of stacked tensors."""
     tangents = problem.tangents(operation)
     if transforms.split_form(form)[1] == "vmap":
-        return common.tensors(problem.stack(tangents))
-    return tuple(common.tensors(problem.split(row)) for row in tangents)
+        return common.tensors(problem.stack(tangents), problem.device)
+    return tuple(common.tensors(problem.split(row), problem.device) for row in tangents)
 
 
 def arguments_of(problem: Problem, form: str, operation: str) -> tuple[Any, ...]:
@@ -72,8 +72,8 @@ class TorchFunc:
     name = "torch-func"
     kind = "eager"
 
-    def unavailable(self) -> str | None:
-        return None
+    def unavailable(self, device: str = "cpu") -> str | None:
+        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         return transforms.forms(operation, num_tangents)

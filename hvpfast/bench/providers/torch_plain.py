@@ -29,8 +29,8 @@ class TorchPlain:
     name = "torch-plain"
     kind = "plain"
 
-    def unavailable(self) -> str | None:
-        return None
+    def unavailable(self, device: str = "cpu") -> str | None:
+        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         if operation != "train_step":
@@ -39,7 +39,7 @@ class TorchPlain:
         return (*sequential, "flat MLP fused", "flat MLP single", "compiled Sequential fused")
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
-        x, y = torch.tensor(problem.x), torch.tensor(problem.y)
+        _, x, y = common.inputs(problem)
         model = flat_model(problem) if form.startswith("flat") else sequential_model(problem)
         params = tuple(model.parameters())
         optimizer = torch.optim.Adam(params, **_OPTIMIZERS[form.rsplit(" ", 1)[1]], **ADAM)
@@ -63,9 +63,9 @@ class TorchPlain:
 def sequential_model(problem: Problem) -> nn.Sequential:
     """An ordinary nn.Sequential holding copies of the problem's parameters."""
     sizes, layers = problem.case.sizes, list[nn.Module]()
-    values = common.tensors(problem.params)
+    values = common.tensors(problem.params, problem.device)
     for i, (d_in, d) in enumerate(itertools.pairwise(sizes)):
-        linear = nn.Linear(d_in, d, dtype=values[0].dtype)
+        linear = nn.Linear(d_in, d, dtype=values[0].dtype, device=problem.device)
         linear.weight, linear.bias = nn.Parameter(values[2 * i]), nn.Parameter(values[2 * i + 1])
         layers += [linear, _MODULES[problem.case.activation]()]
     return nn.Sequential(*layers[:-1])
@@ -81,4 +81,4 @@ def flat_model(problem: Problem) -> MLP:
     )
     with torch.no_grad():
         model.flat.copy_(torch.tensor(problem.flat()))
-    return model
+    return model.to(problem.device)

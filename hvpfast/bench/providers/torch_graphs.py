@@ -1,0 +1,55 @@
+"""torch's own forms, recorded as CUDA graphs: what a reader gets who removes the launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hvpfast import capture
+from hvpfast.bench.cases import Problem
+from hvpfast.bench.providers import torch_common as common
+from hvpfast.bench.providers.base import Prepared, Provider
+from hvpfast.bench.providers.torch_compile import TorchCompile
+from hvpfast.bench.providers.torch_eager import TorchEager
+from hvpfast.bench.providers.torch_func import TorchFunc
+
+# By the first word of a form.
+_RECORDED: dict[str, Provider] = {
+    "eager": TorchEager(),
+    "func": TorchFunc(),
+    "compiled": TorchCompile(),
+}
+
+
+class TorchGraphs:
+    """Every form of torch-eager, torch-func and torch-compile that starts cold, replayed."""
+
+    name = "torch-graphs"
+    kind = "graphed"
+
+    def unavailable(self, device: str = "cpu") -> str | None:
+        if device == "cpu":
+            return "CUDA graphs record work on a GPU"
+        return common.no_device(device)
+
+    def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
+        if operation == "hvp_warm":  # autograd goes back on the stream of the primal passes
+            return ()
+        return tuple(
+            f"{name}: {form}"
+            for name, provider in _RECORDED.items()
+            for form in provider.forms(operation, num_tangents)
+        )
+
+    def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
+        name, _, inner = form.partition(": ")
+        prepared = _RECORDED[name].prepare(inner, operation, problem)
+        device = torch.device(problem.device)
+        with capture.side_stream(device):
+            for _ in range(capture.WARMUPS):
+                prepared.call()
+        recorded: capture.Recording[Any] = capture.Recording(device, form, prepared.call)
+        if prepared.restore is not None:
+            prepared.restore()  # the calls ahead of the recording were training steps
+        return Prepared(recorded.replay, prepared.outputs, restore=prepared.restore)
