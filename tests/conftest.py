@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from helpers import one_thread
@@ -11,11 +14,46 @@ from helpers import one_thread
 import hvpfast as hf
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where conformance runs: cpu or cuda")
+    parser.addoption("--outcomes", type=Path, help="file that gets one JSON line per test")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    helpers.DEVICE = torch.device(config.getoption("--device"))
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):  # one writer, also under xdist
+        config.pluginmanager.register(Outcomes(path))
     if hf.available()["cpu"] is not None:
         # Where the extension is not built the suite runs on the reference backend.
         ignore = "ignore:hvpfast runs on the slow reference backend:RuntimeWarning"
         config.addinivalue_line("filterwarnings", ignore)
+
+
+class Outcomes:
+    """Writes what became of each test as it ends, so that a run that is stopped leaves a record."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._collected = 0
+
+    def _write(self, **entry: object) -> None:
+        print(json.dumps(entry), file=self._file, flush=True)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if session.items:  # under xdist the workers collect
+            self._write(collected=len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: list[str]) -> None:
+        if not self._collected:
+            self._collected = len(ids)
+            self._write(collected=len(ids))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else ""
+            self._write(test=report.nodeid, outcome=report.outcome, reason=reason)
 
 
 def pytest_report_header() -> list[str]:

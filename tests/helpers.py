@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hvpfast.mlp import MLPSpec
 
+# Where the conformance body puts its tensors: pytest's option --device.
+DEVICE = torch.device("cpu")
 # Allowed roundings beyond torch's own error, in units of eps * max|truth|.
 C = {torch.float32: 16.0, torch.float64: 64.0}
 

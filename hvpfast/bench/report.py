@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 Cell = tuple[str, int, str]
 DISTURBED = 0.05  # cores used by other processes; a quiet machine shows less
 COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "graphed": "#8172b2",
-           "plain": "#8c8c8c"}  # fmt: skip
+           "plain": "#8c8c8c", "loop": "#c44e52"}  # fmt: skip
 
 
 def duration(seconds: float | None) -> str:

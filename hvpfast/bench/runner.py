@@ -16,6 +16,7 @@ from hvpfast.bench import gpu_peak, memory, peak, record, timing
 from hvpfast.bench.cases import Case, build
 from hvpfast.bench.counts import minimal, minimal_bytes
 from hvpfast.bench.gate import Gate
+from hvpfast.bench.marks import judge
 from hvpfast.bench.providers import PROVIDERS, Prepared, Provider
 from hvpfast.bench.settings import MIN_ROUNDS, Settings
 
@@ -58,7 +59,8 @@ def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
         stream: where the progress line goes; stderr if None.
 
     Returns:
-        {"environment", "settings", "peak", "skipped", "rows", "interrupted", "seconds"}.  An
+        {"environment", "settings", "peak", "skipped", "rows", "marks", "interrupted",
+        "seconds"}.  An
         interrupt (Ctrl-C) ends the run after which the record holds the cells that were finished.
     """
     started = time.perf_counter()
@@ -121,6 +123,7 @@ def _begun(settings: Settings, skipped: dict[str, str]) -> dict[str, Any]:
 
 def _save(result: dict[str, Any], settings: Settings, seconds: float) -> None:
     result["seconds"] = round(seconds, 1)
+    result["marks"] = judge(result["rows"])
     if settings.out is not None:
         record.write_json(settings.out / "bench.json", result)
 

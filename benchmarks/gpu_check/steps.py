@@ -1,0 +1,195 @@
+"""The steps: what is built, proven and measured, in this order, with these limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from builder import nvcc
+from processes import Step
+
+HERE = Path(__file__).resolve().parent
+ENGINES = ("cuda", "triton")
+DEEP, FULL = "784-1024-512-256-128-64-10", "784-128-128-10-n60000"
+STEP = "train-3072-256-100"
+# A compiled form takes half a minute: of a training step, those run whose kind has been the fastest
+# elsewhere. What the patterns leave out has a row in the record that says so.
+STEP_FORMS = ("ours-*", "torch-eager: *", "torch-compile: vjp(grad) *", "torch-graphs: eager*",
+              "torch-graphs: compiled: vjp(grad) *", "jax: * vmap")  # fmt: skip
+FULL_FORMS = ("ours-*", "torch-eager: *", "torch-func: *", "torch-graphs: eager*", "jax: vjp*")
+SHARE = 0.8  # of a benchmark's limit after which it starts no further form
+
+
+def plan(root: Path, work: Path, *, dry: bool = False) -> list[Step]:
+    """All steps, in order; what is missing on this machine is said in them."""
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    facts = work / "environment.json"
+    command = [sys.executable, str(HERE / "environment.py"), str(facts)]
+    steps = [Step("environment", "environment", command, 60, env, read=partial(_json, facts))]
+    if dry:
+        return [*steps, *_dry(root, work, env)]
+    cores, tests = max(2, min(8, (os.cpu_count() or 2) // 2)), ("test_graphs", "test_bench_device")
+    return [
+        *steps,
+        # The device is idle while the extensions are built: Triton needs neither.
+        _build("cpu", work, env, _no_build("cpu")),
+        _build("cuda", work, env, _no_build("cuda")),
+        _conformance("triton", root, work, env, "build", processes=cores),
+        _conformance("cuda", root, work, env, "prove", processes=cores),
+        _tests("gpu-tests", [f"{root}/tests/{t}.py" for t in tests], root, work, env),
+        *(_sanitized(tool, name, env) for name in ENGINES for tool in ("memcheck", "racecheck")),
+        # Alone on the machine, what the project promises first.
+        _bench("deep", 100, work, env, "--cases", DEEP),
+        _models(75, work, env, "--device", "cuda"),
+        _bench("step", 110, work, env, "--cases", STEP, "--forms", *STEP_FORMS),
+        _bench("full", 50, work, env, "--cases", FULL, "--forms", *FULL_FORMS),
+        _figure(work, env),
+    ]
+
+
+def _dry(root: Path, work: Path, env: dict[str, str]) -> list[Step]:
+    """The same kinds of steps on the CPU, on tiny cases."""
+    quick = ["--quick", "--threads", "1"]
+    few = ["--rounds", "1", "--providers", "ours-cpu", "ours-reference", "torch-eager"]
+    small = [sys.executable, str(HERE / "small.py"), "cpu", "cpu"]
+    return [
+        _conformance("cpu", root, work, env, "prove", "cpu", chosen="and tanh and f64 and N3"),
+        Step("small-cpu", "prove", small, 60, env),
+        _sanitized("memcheck", "triton", env),
+        _bench("deep", 90, work, env, "--cases", "quick", *quick, *few, device="cpu"),
+        _models(90, work, env, *quick),
+        _figure(work, env),
+    ]
+
+
+def _build(target: str, work: Path, env: dict[str, str], missing: str) -> Step:
+    command = [sys.executable, str(HERE / "builder.py"), target, str(work)]
+    return Step(f"build-{target}", "build", command, 170, env, missing)
+
+
+def _no_build(target: str) -> str:
+    if not shutil.which("cmake"):
+        return "cmake is not installed"
+    if target == "cuda" and nvcc() is None:
+        return "nvcc is not on the PATH nor under /usr/local/cuda"
+    return ""
+
+
+def _conformance(
+    backend: str,
+    root: Path,
+    work: Path,
+    env: dict[str, str],
+    group: str,
+    device: str = "cuda",
+    *,
+    chosen: str = "",
+    processes: int = 1,
+) -> Step:
+    """The one conformance body on one backend; the names of its tests begin with the backend's."""
+    name = f"conformance-{backend}"
+    words = [f"{root}/tests/test_conformance.py", "-k", f"{backend}- {chosen}".strip()]
+    command, outcomes = _pytest(name, root, work, device, words, processes)
+    needs = "build-cuda" if backend == "cuda" else ""
+    return Step(name, group, command, 150, env, _no_pytest(), needs, partial(_outcomes, outcomes))
+
+
+def _tests(name: str, files: list[str], root: Path, work: Path, env: dict[str, str]) -> Step:
+    command, outcomes = _pytest(name, root, work, "cuda", files, 1)
+    return Step(name, "prove", command, 120, env, _no_pytest(), read=partial(_outcomes, outcomes))
+
+
+def _no_pytest() -> str:
+    return "" if importlib.util.find_spec("pytest") else "pytest is not installed"
+
+
+def _pytest(
+    name: str, root: Path, work: Path, device: str, words: list[str], processes: int
+) -> tuple[list[str], Path]:
+    """A pytest run and the file of its outcomes; on several processes where xdist is there."""
+    outcomes = work / f"{name}.jsonl"
+    spread = processes > 1 and importlib.util.find_spec("xdist") is not None
+    command = [sys.executable, "-m", "pytest", *words, "--rootdir", str(root)]
+    command += ["-c", f"{root}/pyproject.toml", "-q", "--maxfail=40", "--tb=short", "-W", "default"]
+    command += ["-p", "no:cacheprovider", "--device", device, "--outcomes", str(outcomes)]
+    return [*command, *(["-n", str(processes)] if spread else [])], outcomes
+
+
+def _sanitized(tool: str, backend: str, env: dict[str, str]) -> Step:
+    """Small shapes under one tool of compute-sanitizer; every allocation stands alone."""
+    found = shutil.which("compute-sanitizer")
+    command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += ["--print-limit", "20", sys.executable, str(HERE / "small.py"), backend, "cuda"]
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    missing = "" if found else "compute-sanitizer is not installed"
+    needs = "build-cuda" if backend == "cuda" else ""
+    return Step(f"{tool}-{backend}", "prove", command, 120, {**env, **alone}, missing, needs)
+
+
+def _bench(
+    name: str, limit: float, work: Path, env: dict[str, str], *words: str, device: str = "cuda"
+) -> Step:
+    command = [sys.executable, "-m", "hvpfast.bench", *words, "--device", device]
+    return _timed(name, limit, work, env, [*command, "--budget", "8"])
+
+
+def _models(limit: float, work: Path, env: dict[str, str], *words: str) -> Step:
+    command = [sys.executable, "-m", "hvpfast.bench", "models", *words, "--budget", "10"]
+    return _timed("models", limit, work, env, command)
+
+
+def _timed(name: str, limit: float, work: Path, env: dict[str, str], command: list[str]) -> Step:
+    out = work / name
+    command = [*command, "--deadline", f"{SHARE * limit:g}", "--out", str(out)]
+    env = {**env, **_quiet_jax()}
+    read = partial(_rows, out / "bench.json")
+    return Step(f"bench-{name}", f"bench-{name}", command, limit, env, read=read)
+
+
+def _quiet_jax() -> dict[str, str]:
+    """JAX beside torch on one GPU: it takes memory as it needs it, not most of it at once."""
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def _figure(work: Path, env: dict[str, str]) -> Step:
+    command = [sys.executable, str(HERE / "figure.py"), str(work), str(work / "gpu_check.png")]
+    return Step("figure", "figure", command, 30, env)
+
+
+# ---- what the steps leave behind ----
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _outcomes(path: Path) -> dict[str, Any]:
+    """Counts of passed, failed and skipped tests, the names of those that failed, and the total.
+
+    Written while the tests run, so that a run out of time still says how far it came.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = [json.loads(line) for line in lines]
+    total = next((e["collected"] for e in entries if "collected" in e), None)
+    tests = [e for e in entries if "outcome" in e]
+    counts = Counter(e["outcome"] for e in tests)
+    return {
+        "collected": total,
+        **{name: counts[name] for name in ("passed", "failed", "skipped")},
+        "failures": [e["test"] for e in tests if e["outcome"] == "failed"][:40],
+        "reasons": sorted({e["reason"] for e in tests if e["outcome"] == "skipped"})[:10],
+    }
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    """A benchmark's record; of a run that was stopped, what it had written by then."""
+    return _json(path) if path.exists() else {"rows": [], "marks": []}
