@@ -1,7 +1,8 @@
 """Probes drawn on their device from a counter that lies there too: new ones at every replay.
 
-The numbers are those of ``probes.py``, bit for bit, by torch operations that can be recorded in a
-CUDA graph: integers in int64, everything after them in float32, one rounding per operation.
+The numbers are those of ``probes.py``, bit for bit. Where Triton's kernels run they draw them, in
+one launch; elsewhere torch operations do: integers in int64, everything after them in float32, one
+rounding per operation. Both can be recorded in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hvpfast.backends import triton
 from hvpfast.probes import COS_COEFFICIENTS, LOG_COEFFICIENTS, SIN_COEFFICIENTS
 
 _MASK = 0xFFFFFFFF
@@ -23,6 +25,20 @@ def draw(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
         seed: in [0, 2**64).
         first: 0-dim int64 on the device of ``out``; first + K <= 2**32.
     """
+    if out.is_cuda and triton.unavailable() is None and _new_enough(out.device):
+        from hvpfast.backends.triton_kernels import counted
+
+        counted.draw(out, distribution, seed, first)
+    else:
+        draw_by_torch(out, distribution, seed, first)
+
+
+def _new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def draw_by_torch(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
+    """:func:`draw` by torch operations, on any device."""
     K, P = out.shape
     rademacher = distribution == "rademacher"
     blocks = -(-P // (128 if rademacher else 4))

@@ -29,7 +29,8 @@ from hvpfast.checks import (
     nonfinite_reason,
 )
 from hvpfast.device_probes import draw
-from hvpfast.functional import Linearization, ggnvp, hvp, linearize, penalty
+from hvpfast.functional import ggnvp, hvp, linearize, penalty
+from hvpfast.linearization import Linearization
 from hvpfast.probes import ProbeSource, fresh_seed
 from hvpfast.spec import MLPSpec
 

@@ -30,6 +30,13 @@ ACTIVATION_MODULES: dict[str, nn.Module] = {
 }
 
 
+def place(t: Tensor) -> Tensor:
+    """The tensor on the device of this run, strides included."""
+    if t.device == DEVICE:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: on tensors this small more threads only wait for each other."""

@@ -10,7 +10,7 @@ import helpers
 import pytest
 import torch
 from cases import CASES, SEED, Case, Problem, problem
-from helpers import assert_within_reference_error, expectations, one_thread
+from helpers import assert_within_reference_error, expectations, one_thread, place
 from torch import Tensor
 
 import hvpfast as hf
@@ -45,15 +45,7 @@ def refusal(name: str, case: Case) -> str | None:
 
 
 def placed(case: Case) -> Problem:
-    """The case's tensors on the device of this run, strides included."""
-
-    def place(t: Tensor) -> Tensor:
-        if t.device == helpers.DEVICE:
-            return t
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=helpers.DEVICE).copy_(
-            t
-        )
-
+    """The case's tensors on the device of this run."""
     q = problem(case)
     params = place(q.params) if isinstance(q.params, Tensor) else [place(t) for t in q.params]
     return Problem(

@@ -96,7 +96,10 @@ def _conformance(
 ) -> Step:
     """The one conformance body on one backend; the names of its tests begin with the backend's."""
     name = f"conformance-{backend}"
-    words = [f"{root}/tests/test_conformance.py", "-k", f"{backend}- {chosen}".strip()]
+    bodies = [
+        f"{root}/tests/{name}.py::test_conformance" for name in ("test_conformance", "test_models")
+    ]
+    words = [*bodies, "-k", f"{backend}- {chosen}".strip()]
     command, outcomes = _pytest(name, root, work, device, words, processes)
     needs = "build-cuda" if backend == "cuda" else ""
     return Step(name, group, command, 150, env, _no_pytest(), needs, partial(_outcomes, outcomes))
