@@ -27,7 +27,7 @@ ptxas info    : Used 255 registers, 384 bytes cmem[0]
 def row(spill: int, kernel: str = "layer") -> dict[str, Any]:
     return {
         "backend": "triton", "kernel": kernel, "variant": "X=1", "dtype": "fp32", "capability": 90,
-        "registers": 40 + spill, "shared_bytes": 0, "spill_bytes": spill,
+        "registers": 40 + spill, "shared_bytes": 0, "spill_stores": spill, "spill_loads": 0,
     }  # fmt: skip
 
 
@@ -52,10 +52,11 @@ def test_ptxas_is_read() -> None:
     add, mul = kernels.parse_ptxas(PTXAS)
     assert add == {
         "kernel": "_Z3addPf", "registers": 10, "shared_bytes": 2048, "stack_bytes": 0,
-        "spill_bytes": 0,
+        "spill_stores": 0, "spill_loads": 0,
     }  # fmt: skip
     assert (mul["registers"], mul["shared_bytes"]) == (255, 0)
-    assert (mul["stack_bytes"], mul["spill_bytes"]) == (16, 20)
+    assert (mul["stack_bytes"], mul["spill_stores"], mul["spill_loads"]) == (16, 12, 20)
+    assert kernels.spills(mul) == 20 and kernels.spills(add) == 0
     assert kernels.parse_ptxas("ptxas info : 0 bytes gmem") == []
     with pytest.raises(RuntimeError, match="ptxas does not say what _Z3addPf uses"):
         kernels.parse_ptxas("Compiling entry function '_Z3addPf' for 'sm_90'\nnothing more")
@@ -66,7 +67,7 @@ def test_a_spill_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert status == 0 and "no kernel spills, of 2 compiled variants" in text
     assert result["skipped"] == {"cuda": "none"} and "skipped cuda: none" in text
     status, text, _ = run(monkeypatch, tmp_path, row(0), row(8))
-    assert status == 1 and "SPILLS: triton layer sm_90: 8 bytes fp32 X=1" in text
+    assert status == 1 and "SPILLS: triton layer sm_90: 8 fp32 X=1" in text
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure(

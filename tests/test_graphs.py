@@ -324,4 +324,4 @@ def test_kernel_with_a_counter_compiles_without_spills(distribution: str) -> Non
     (one,) = launches
     for capability in compilation.CAPABILITIES:
         record = compilation._compile(one, torch.float32, capability)
-        assert record.registers > 0 and record.spill_bytes == 0
+        assert record.registers > 0 and not record.spill_stores + record.spill_loads

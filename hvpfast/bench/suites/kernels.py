@@ -2,7 +2,8 @@
 
 Triton's kernels are compiled in the variants that representative problems launch; the CUDA engine's
 sources by nvcc, from a checkout. A kernel that spills registers to local memory makes the suite
-fail: its inner loop would wait for memory.
+fail: its inner loop would wait for memory. Spills are counted as ``spill_stores`` and
+``spill_loads``: instructions in the code of a Triton kernel, bytes as ptxas tells them of nvcc's.
 """
 
 from __future__ import annotations
@@ -70,9 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(result)
     print(text)
     if arguments.out is not None:
-        record.write_json(arguments.out / "bench.json", result)
-        record.write_text(arguments.out / "bench.txt", text + "\n")
-    return int(bool(result["failed"]) or any(row["spill_bytes"] for row in result["rows"]))
+        record.keep(arguments.out, result, text)
+    return int(bool(result["failed"]) or any(map(spills, result["rows"])))
 
 
 def unavailable(backend: str) -> str | None:
@@ -116,6 +116,11 @@ def cuda_rows(capabilities: Sequence[int]) -> list[dict[str, Any]]:
 RECORDS = {"triton": triton_rows, "cuda": cuda_rows}
 
 
+def spills(row: dict[str, Any]) -> int:
+    """The larger of a kernel's spill counts."""
+    return max(int(row["spill_stores"]), int(row["spill_loads"]))
+
+
 def _ptxas(source: Path, capability: int) -> str:
     """What the assembler says of the kernels of one source."""
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +158,8 @@ def parse_ptxas(text: str) -> list[dict[str, Any]]:
                 "registers": int(used[1]),
                 "shared_bytes": int(shared[1]) if shared else 0,
                 "stack_bytes": stack,
-                "spill_bytes": max(stores, loads),
+                "spill_stores": stores,
+                "spill_loads": loads,
             }
         )
     return rows
@@ -194,9 +200,9 @@ def render(result: dict[str, Any]) -> str:
         entry = most.setdefault(key, dict.fromkeys(("count", *COLUMNS), 0))
         entry["count"] += 1
         for name in COLUMNS:
-            entry[name] = max(entry[name], row[name])
+            entry[name] = max(entry[name], spills(row) if name == "spills" else row[name])
     lines: list[tuple[str, ...]] = [
-        ("backend", "kernel", "sm", "variants", "registers", "shared bytes", "spill bytes")
+        ("backend", "kernel", "sm", "variants", "registers", "shared bytes", "spills")
     ]
     lines += [
         (key[0], key[1], str(key[2]), str(entry["count"]), *(str(entry[name]) for name in COLUMNS))
@@ -205,10 +211,10 @@ def render(result: dict[str, Any]) -> str:
     compilers = ", ".join(f"{k} {v}" for k, v in result["compilers"].items() if v)
     parts = [f"compiled ahead of time by {compilers}; the most that any variant of a kernel uses"]
     parts += [table(lines)] if len(lines) > 1 else []
-    spilling = [row for row in result["rows"] if row["spill_bytes"]]
+    spilling = [row for row in result["rows"] if spills(row)]
     parts += [
-        f"SPILLS: {row['backend']} {row['kernel']} sm_{row['capability']}: {row['spill_bytes']} "
-        f"bytes {row.get('dtype', '')} {row.get('variant', '')}".rstrip()
+        f"SPILLS: {row['backend']} {row['kernel']} sm_{row['capability']}: {spills(row)} "
+        f"{row.get('dtype', '')} {row.get('variant', '')}".rstrip()
         for row in spilling
     ]
     parts += [f"skipped {name}: {reason}" for name, reason in result["skipped"].items()]
@@ -218,4 +224,4 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-COLUMNS = ("registers", "shared_bytes", "spill_bytes")
+COLUMNS = ("registers", "shared_bytes", "spills")

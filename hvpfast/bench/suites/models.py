@@ -82,8 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = render(result)
     print(text)
     if arguments.out is not None:
-        record.write_json(arguments.out / "bench.json", result)
-        record.write_text(arguments.out / "bench.txt", text + "\n")
+        record.keep(arguments.out, result, text)
     ours = [row for row in result["rows"] if row["kind"] == "ours"]
     return int(any(row["status"] in ("wrong", "failed") for row in ours))
 
