@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import hvpfast as hf
 from hvpfast.bench import model_forms
 from hvpfast.bench.cases import QUICK_CASES
 from hvpfast.bench.suites import models
@@ -18,7 +19,9 @@ pytestmark = [
     pytest.mark.usefixtures("single_threaded"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
 ]
-CHEAP = ("ours-loop", "torch-func", "torch-bmm")
+CHEAP = ("ours-reference", "ours-loop", "torch-func", "torch-bmm")
+if hf.available()["cpu"] is None:
+    CHEAP = ("ours-cpu", *CHEAP)
 
 
 @pytest.fixture
@@ -58,7 +61,8 @@ def test_quick_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_wrong_products_are_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _, result = run(monkeypatch, tmp_path, wrong=1e-3)
+    status, result = run(monkeypatch, tmp_path, wrong=1e-3)
+    assert status == 1
     assert {row["status"] for row in result["rows"]} == {"wrong"}
     assert {row["median_s"] for row in result["rows"]} == {None}
 

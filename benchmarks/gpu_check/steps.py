@@ -36,7 +36,10 @@ def plan(root: Path, work: Path, *, dry: bool = False) -> list[Step]:
     steps = [Step("environment", "environment", command, 60, env, read=partial(_json, facts))]
     if dry:
         return [*steps, *_dry(root, work, env)]
-    cores, tests = max(2, min(8, (os.cpu_count() or 2) // 2)), ("test_graphs", "test_bench_device")
+    cores, tests = (
+        max(2, min(8, (os.cpu_count() or 2) // 2)),
+        ("test_graphs", "test_triton_kernels", "test_bench_device"),
+    )
     return [
         *steps,
         # The device is idle while the extensions are built: Triton needs neither.
