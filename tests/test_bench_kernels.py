@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hvpfast.bench.suites import kernels
 
-PTXAS = """
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z3addPf' for 'sm_90'
-ptxas info    : Function properties for _Z3addPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 10 registers, used 1 barriers, 2048 bytes smem, 384 bytes cmem[0]
-ptxas info    : Compiling entry function '_Z3mulPf' for 'sm_90'
-ptxas info    : Function properties for _Z3mulPf
-    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
-ptxas info    : Used 255 registers, 384 bytes cmem[0]
-"""
-
 
 def row(spill: int, kernel: str = "layer") -> dict[str, Any]:
     return {
         "backend": "triton", "kernel": kernel, "variant": "X=1", "dtype": "fp32", "capability": 90,
-        "registers": 40 + spill, "shared_bytes": 0, "spill_stores": spill, "spill_loads": 0,
+        "registers": 40 + spill, "shared_bytes": 0, "spills": spill,
     }  # fmt: skip
 
 
@@ -48,18 +38,30 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *rows: Any) -> tuple[int, st
     return status, text, json.loads((out / "bench.json").read_text(encoding="utf-8"))
 
 
-def test_ptxas_is_read() -> None:
-    add, mul = kernels.parse_ptxas(PTXAS)
-    assert add == {
-        "kernel": "_Z3addPf", "registers": 10, "shared_bytes": 2048, "stack_bytes": 0,
-        "spill_stores": 0, "spill_loads": 0,
-    }  # fmt: skip
-    assert (mul["registers"], mul["shared_bytes"]) == (255, 0)
-    assert (mul["stack_bytes"], mul["spill_stores"], mul["spill_loads"]) == (16, 12, 20)
-    assert kernels.spills(mul) == 20 and kernels.spills(add) == 0
-    assert kernels.parse_ptxas("ptxas info : 0 bytes gmem") == []
-    with pytest.raises(RuntimeError, match="ptxas does not say what _Z3addPf uses"):
-        kernels.parse_ptxas("Compiling entry function '_Z3addPf' for 'sm_90'\nnothing more")
+def test_figures_of_the_cuda_engine_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def figure(architecture: str, spill: int, registers: int | None = 40) -> SimpleNamespace:
+        return SimpleNamespace(
+            name="layer<float>", architecture=architecture, entry=registers is not None,
+            registers=registers, shared_bytes=None, stack_bytes=8, spill_bytes=spill,
+        )  # fmt: skip
+
+    found = [figure("sm_80", 0), figure("sm_90", 12), figure("sm_90", 0, None)]
+    fake = SimpleNamespace(build=lambda folder: (folder, found))
+    monkeypatch.setitem(sys.modules, kernels.FIGURES, fake)
+    rows = kernels.cuda_rows([90])
+    assert [(r["registers"], r["spills"], r["entry"]) for r in rows] == [
+        (40, 12, True),
+        (0, 0, False),
+    ]
+    with pytest.raises(RuntimeError, match=r"no kernel for \[100\]"):
+        kernels.cuda_rows([90, 100])
+
+
+def test_variants_of_triton_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"kernel": "layer", "spill_stores": 2, "spill_loads": 3}
+    fake = SimpleNamespace(kernel_records=lambda capabilities: [record])
+    monkeypatch.setitem(sys.modules, "hvpfast.backends.triton_kernels.compilation", fake)
+    assert kernels.triton_rows([90]) == [{"backend": "triton", **record, "spills": 5}]
 
 
 def test_a_spill_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,12 +80,12 @@ def test_a_kernel_that_does_not_compile_is_a_failure(
     assert result["rows"] == []
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    monkeypatch.setattr(kernels, "SOURCES", tmp_path)
-    assert kernels.unavailable("cuda") == "nvcc is not on the PATH"
-    monkeypatch.setattr(kernels, "SOURCES", tmp_path / "none")
-    assert "does not run from a checkout" in str(kernels.unavailable("cuda"))
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    assert kernels.unavailable("cuda") == "this version has no CUDA engine"
+    assert kernels.unavailable("triton") == "Triton is not installed"
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    assert kernels.unavailable("cuda") == "nvcc is not on the PATH"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "TRITON_INTERPRET=1" in str(kernels.unavailable("triton"))

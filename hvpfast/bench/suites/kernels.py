@@ -2,13 +2,14 @@
 
 Triton's kernels are compiled in the variants that representative problems launch; the CUDA engine's
 sources by nvcc, from a checkout. A kernel that spills registers to local memory makes the suite
-fail: its inner loop would wait for memory. Spills are counted as ``spill_stores`` and
-``spill_loads``: instructions in the code of a Triton kernel, bytes as ptxas tells them of nvcc's.
+fail: its inner loop would wait for memory. ``spills`` are instructions that store or load spilled
+registers in the code of a Triton kernel, and bytes, as ptxas tells them, in one of nvcc's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import re
@@ -20,16 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hvpfast
 from hvpfast.bench import record
 from hvpfast.bench.report import table
 
 DESCRIPTION = "Registers, shared memory and spills of the GPU kernels, compiled ahead of time."
 BACKENDS = ("triton", "cuda")
 CAPABILITIES = (80, 90)
-SOURCES = Path(hvpfast.__file__).resolve().parents[1] / "csrc" / "cuda"
-# As CMakeLists.txt compiles them: normal draws have no fused multiply-adds (csrc/probes.h).
-OPTIONS = {"draw.cu": ("--fmad=false",)}
+FIGURES = "hvpfast.bench.cuda_kernels"  # builds the engine and reads what ptxas says
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(text)
     if arguments.out is not None:
         record.keep(arguments.out, result, text)
-    return int(bool(result["failed"]) or any(map(spills, result["rows"])))
+    return int(bool(result["failed"]) or any(row["spills"] for row in result["rows"]))
 
 
 def unavailable(backend: str) -> str | None:
@@ -83,8 +81,8 @@ def unavailable(backend: str) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return "kernels are not compiled under TRITON_INTERPRET=1"
         return None
-    if not SOURCES.is_dir():
-        return "the CUDA sources are not here: the package does not run from a checkout"
+    if importlib.util.find_spec(FIGURES) is None:
+        return "this version has no CUDA engine"
     return None if shutil.which("nvcc") else "nvcc is not on the PATH"
 
 
@@ -92,88 +90,41 @@ def triton_rows(capabilities: Sequence[int]) -> list[dict[str, Any]]:
     """One row per variant of a Triton kernel and architecture."""
     from hvpfast.backends.triton_kernels.compilation import kernel_records
 
-    return [{"backend": "triton", **row} for row in kernel_records(capabilities=capabilities)]
+    return [
+        {"backend": "triton", **row, "spills": row["spill_stores"] + row["spill_loads"]}
+        for row in kernel_records(capabilities=capabilities)
+    ]
 
 
 def cuda_rows(capabilities: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per kernel of ``csrc/cuda/*.cu`` and architecture.
+    """One row per kernel of the CUDA engine, and per function that it calls, and architecture.
 
     Raises:
-        RuntimeError: nvcc fails; the message has the end of what it says.
+        RuntimeError: the build fails, or has no kernel for one of the architectures.
     """
-    rows = []
-    for source in sorted(SOURCES.glob("*.cu")):
-        for capability in capabilities:
-            found = parse_ptxas(_ptxas(source, capability))
-            rows += [
-                {"backend": "cuda", "source": source.name, "capability": capability, **row}
-                for row in found
-            ]
-    names = _demangled([row["kernel"] for row in rows])
-    return [{**row, "kernel": name} for row, name in zip(rows, names, strict=True)]
+    figures_of: Any = importlib.import_module(FIGURES)
+    with tempfile.TemporaryDirectory() as folder:
+        _, figures = figures_of.build(Path(folder))
+    rows = [
+        {
+            "backend": "cuda",
+            "kernel": found.name,
+            "entry": found.entry,
+            "capability": int(found.architecture.removeprefix("sm_")),
+            "registers": found.registers or 0,
+            "shared_bytes": found.shared_bytes or 0,
+            "stack_bytes": found.stack_bytes,
+            "spills": found.spill_bytes,
+        }
+        for found in figures
+    ]
+    missing = set(capabilities) - {row["capability"] for row in rows}
+    if missing:
+        raise RuntimeError(f"the build has no kernel for {sorted(missing)}")
+    return [row for row in rows if row["capability"] in capabilities]
 
 
 RECORDS = {"triton": triton_rows, "cuda": cuda_rows}
-
-
-def spills(row: dict[str, Any]) -> int:
-    """The larger of a kernel's spill counts."""
-    return max(int(row["spill_stores"]), int(row["spill_loads"]))
-
-
-def _ptxas(source: Path, capability: int) -> str:
-    """What the assembler says of the kernels of one source."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{capability}", "-cubin", "-Xptxas", "-v"]
-        command += [f"-I{SOURCES}", f"-I{SOURCES.parent}", *OPTIONS.get(source.name, ())]
-        command += [str(source), "-o", str(Path(folder) / "kernels.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"nvcc fails on {source.name}: {done.stderr.strip()[-1500:]}")
-    return done.stderr
-
-
-_ENTRY = re.compile(r"Compiling entry function '([^']+)'")
-_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
-_SHARED = re.compile(r"(\d+) bytes smem")
-
-
-def parse_ptxas(text: str) -> list[dict[str, Any]]:
-    """Kernels with their registers, static shared memory, stack and spills, from ``ptxas -v``.
-
-    Raises:
-        RuntimeError: a kernel is named whose figures are not there.
-    """
-    rows = []
-    parts = _ENTRY.split(text)
-    for name, said in zip(parts[1::2], parts[2::2], strict=True):
-        spills, used, shared = _SPILLS.search(said), _USED.search(said), _SHARED.search(said)
-        if spills is None or used is None:
-            raise RuntimeError(f"ptxas does not say what {name} uses: {said.strip()[:300]}")
-        stack, stores, loads = map(int, spills.groups())
-        rows.append(
-            {
-                "kernel": name,
-                "registers": int(used[1]),
-                "shared_bytes": int(shared[1]) if shared else 0,
-                "stack_bytes": stack,
-                "spill_stores": stores,
-                "spill_loads": loads,
-            }
-        )
-    return rows
-
-
-def _demangled(names: Sequence[str]) -> list[str]:
-    """The names as C++ writes them, where c++filt is there."""
-    if not names or shutil.which("c++filt") is None:
-        return list(names)
-    done = subprocess.run(
-        ["c++filt", "--no-params"], input="\n".join(names), capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    return done.stdout.splitlines()
 
 
 def _version_of_triton() -> str | None:
@@ -200,7 +151,7 @@ def render(result: dict[str, Any]) -> str:
         entry = most.setdefault(key, dict.fromkeys(("count", *COLUMNS), 0))
         entry["count"] += 1
         for name in COLUMNS:
-            entry[name] = max(entry[name], spills(row) if name == "spills" else row[name])
+            entry[name] = max(entry[name], row[name])
     lines: list[tuple[str, ...]] = [
         ("backend", "kernel", "sm", "variants", "registers", "shared bytes", "spills")
     ]
@@ -211,9 +162,9 @@ def render(result: dict[str, Any]) -> str:
     compilers = ", ".join(f"{k} {v}" for k, v in result["compilers"].items() if v)
     parts = [f"compiled ahead of time by {compilers}; the most that any variant of a kernel uses"]
     parts += [table(lines)] if len(lines) > 1 else []
-    spilling = [row for row in result["rows"] if spills(row)]
+    spilling = [row for row in result["rows"] if row["spills"]]
     parts += [
-        f"SPILLS: {row['backend']} {row['kernel']} sm_{row['capability']}: {spills(row)} "
+        f"SPILLS: {row['backend']} {row['kernel']} sm_{row['capability']}: {row['spills']} "
         f"{row.get('dtype', '')} {row.get('variant', '')}".rstrip()
         for row in spilling
     ]
