@@ -10,10 +10,10 @@ from cases import DTYPES, FEW, Case, problem, with_dtype
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import cuda
+from hvpfast.backends import cuda, cuda_models
 from hvpfast.probes import ProbeSource, probe_rows
 
-ENGINE = cuda.engine()
+ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)
 assert ENGINE.emulated
 INVALID, MEMORY, DRIVER, NO_DEVICE, LAUNCH = 1, 2, 35, 100, 719  # cudaError_t
@@ -220,19 +220,19 @@ def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> No
     x, y = torch.ones(500, 40), torch.zeros(500, dtype=torch.int64)
     state = cuda.linearize(spec, torch.ones(spec.num_params), x, y, 3)
     one, two = (sum(state._models._point.num_bytes("hvp", K, False)) for K in (1, 2))
-    monkeypatch.setattr(cuda, "available_bytes", lambda device: one + 5 * (two - one))
+    monkeypatch.setattr(cuda_models, "available_bytes", lambda device: one + 5 * (two - one))
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("none left")
 
     V = torch.ones(64, spec.num_params)
     real = torch.empty
-    monkeypatch.setattr(cuda.torch, "empty", refuse)
+    monkeypatch.setattr(cuda_models.torch, "empty", refuse)
     with pytest.raises(MemoryError, match=r"K = 64 tangents .* enough for K = 6: take fewer"):
         state.hvp(V, False)
     with pytest.raises(MemoryError, match="N = 500 samples"):
         state._models._memory("gradient")
-    monkeypatch.setattr(cuda.torch, "empty", real)
+    monkeypatch.setattr(cuda_models.torch, "empty", real)
     state.hvp(V[:6], False)
 
 

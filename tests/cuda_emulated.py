@@ -10,7 +10,7 @@ import importlib.util
 import os
 from types import ModuleType
 
-from hvpfast.backends import cuda
+from hvpfast.backends import cuda, cuda_models
 
 NAME = "_cuda_emulated"
 
@@ -22,9 +22,8 @@ def load(path: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    cuda.engine.cache_clear()
     cuda.unavailable.cache_clear()
-    cuda.engine = lambda: module  # type: ignore[assignment]
+    cuda_models.engine = lambda: module  # type: ignore[assignment]
     shared_bytes = int(os.environ.get("HVPFAST_CUDA_EMULATED_SHARED", 96 << 10))
     module.set_machine(13000, 1, shared_bytes)  # none: no network is small
     return module
