@@ -6,10 +6,14 @@
 #
 # TORCH is what pip installs first, before anything that depends on torch; PYTHON makes the
 # environments:  make test PYTHON=python3.12 TORCH=torch==2.6.0
+# TORCH pins a CPU build, beside which the CUDA engine cannot run: it is left out, unless
+# HVPFAST_CUDA=on|auto says otherwise.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+HVPFAST_CUDA ?= off
+export HVPFAST_CUDA
 
 STUDY := .venv-study
 TEST := .venv-test
@@ -69,7 +73,7 @@ $(STUDY)/installed: $(STUDY)/$(STAMP) $(BUILD_SOURCES) $(PACKAGE)
 	touch $@
 
 $(TEST)/installed: $(TEST)/$(STAMP) $(BUILD_SOURCES)
-	$(BIN)/pip install '$(TORCH)' -e '.[dev,studies,bench,compat]'
+	$(BIN)/pip install '$(TORCH)' -e '.[dev,studies,bench,compat,triton]'
 	touch $@
 
 clean:
