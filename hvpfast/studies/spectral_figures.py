@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpfast.studies.findings import table
+from hvpfast.studies.findings import number, table
 from hvpfast.studies.folder import Row
 from hvpfast.studies.plots import COLORS, INK, MUTED, label, legend, new_figure
 from hvpfast.studies.spectral_findings import by_index, gap
@@ -80,8 +80,9 @@ def spectrum(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]]) 
     axes[1].set_ylim(max(1e-6, 0.1 * floor), 2 * float(np.abs(values).max()))
     label(axes[0], "Leading eigenvalues of the cross-entropy's Hessian H", LAMBDA, "eigenvalue")
     label(axes[1], "Their magnitudes, logarithmic", LAMBDA, "|eigenvalue|")
+    # on white, where the colour of the collapsed part is seen
     axes[0].legend(
-        frameon=False, fontsize=9, labelcolor=INK, loc="center right", bbox_to_anchor=(1, 0.4)
+        frameon=False, fontsize=9, labelcolor=INK, loc="center", bbox_to_anchor=(0.4, 0.4)
     )
     return figure
 
@@ -172,7 +173,7 @@ def densities(records: list[Row]) -> Figure:
         ax.plot(u, mean, color=COLORS[0], lw=1.2)
         ax.set(yscale="log", ylim=(1e-6, 3 * mean.max()), xlim=(u[0], u[-1]))
         marks = np.unique(np.linspace(0, len(u) - 1, 6).round().astype(int))
-        ax.set_xticks(u[marks], [f"{t[i]:.1g}" for i in marks])
+        ax.set_xticks(u[marks], [number(float(t[i]), 1) for i in marks])
         label(
             ax,
             rf"$\lambda$ = {row['lambda']:.4f}",
