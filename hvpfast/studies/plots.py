@@ -36,6 +36,7 @@ __all__ = [
     "new_figure",
     "paired_dots",
     "png",
+    "power",
     "spread_rows",
     "trials",
 ]
@@ -190,5 +191,14 @@ def log_axis(ax: Axes, which: Literal["x", "y"], values: Sequence[float]) -> Non
     ticks = [step * 10.0**k for k in decades for step in steps if low <= step * 10.0**k <= high]
     ax.set(**{f"{which}scale": "log", f"{which}lim": (low, high)})
     axis = ax.xaxis if which == "x" else ax.yaxis
-    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks(ticks, [power(tick) for tick in ticks])
     axis.set_ticks([], minor=True)
+
+
+def power(tick: float) -> str:
+    """Return a tick of a logarithmic axis: a plain number, or a product with a power of ten."""
+    if 1e-4 <= tick < 1e5:
+        return f"{tick:g}"
+    factor, exponent = f"{tick:.0e}".split("e")
+    times = "" if factor == "1" else rf"{factor} \times "
+    return rf"${times}10^{{{int(exponent)}}}$"
