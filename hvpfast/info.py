@@ -17,6 +17,7 @@ from hvpfast import backends
 PACKAGES = (
     "hvpfast",
     "torch",
+    "triton",
     "numpy",
     "scipy",
     "optuna",
