@@ -14,12 +14,6 @@ from hvpfast.backends import cuda
 from hvpfast.bench import cuda_kernels
 from hvpfast.bench.cuda_kernels import ARCHITECTURES, KernelFigures, figures
 
-# The loss of a sample in float64: some words around the exchanges between the threads of its team.
-KNOWN_SPILLS = (
-    "sample_kernel<hvpfast::cuda::MixedLoss<double>",
-    "sample_kernel<hvpfast::cuda::LossGradient<double>",
-)
-
 LOG = """
 ptxas info    : Compiling entry function 'kernel<float>(int)' for 'sm_90'
 ptxas info    : Function properties for kernel<float>(int)
@@ -53,9 +47,7 @@ def test_no_kernel_spills(built: tuple[Path, list[KernelFigures]]) -> None:
         names = " ".join(f.name for f in kernels if f.architecture == architecture)
         for kernel in ("tile", "finish", "sample", "sum", "small", "primal_small", "draw"):
             assert f"{kernel}_kernel" in names
-    spilling = [f for f in built[1] if f.spill_bytes]
-    assert not [f for f in spilling if not any(name in f.name for name in KNOWN_SPILLS)]
-    assert sum(f.spill_bytes for f in spilling) <= 100
+    assert not [f for f in built[1] if f.spill_bytes]
     assert all(f.registers and f.shared_bytes is not None for f in kernels)
     assert max(f.shared_bytes or 0 for f in kernels) <= 48 << 10
 

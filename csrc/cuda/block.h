@@ -75,7 +75,8 @@ class Block {
 
   template <class Body>
   HVPFAST_CALL __device__ void samples(int N, int, const Body& body) {
-    for (int n = int(threadIdx.x) / kTeam; n < N; n += kThreads / kTeam) body(m, k, n);
+    for (int n = int(threadIdx.x) / kTeam; n < N; n += kThreads / kTeam)
+      body.template sample<Comers::kTeams>(m, k, n);
     __syncthreads();
   }
 

@@ -11,7 +11,8 @@ template <class Body>
 __global__ void __launch_bounds__(kThreads) sample_kernel(int parts, int N, int K, Body body) {
   const int item = int(blockIdx.x) / parts, part = int(blockIdx.x) % parts;
   const int n = part * (kThreads / kTeam) + int(threadIdx.x) / kTeam;
-  if (n < N) body(item / K, item % K, n);  // whole teams
+  if (n >= N) return;  // whole teams
+  body.template sample<Comers::kWarp>(item / K, item % K, n);
 }
 
 template <class Body>

@@ -26,8 +26,9 @@ struct LossGradient {
   Stack<T> z_bar, p, weight;
   Stack<double> losses;  // (N, 1)
   const Scalars* scalars;
-  __device__ void operator()(int64_t m, int64_t k, int n) const {
-    using Real = TeamReal<T>;
+  template <Comers comers>
+  __device__ void sample(int64_t m, int64_t k, int n) const {
+    using Real = TeamReal<T, comers>;
     const int C = targets.classes;
     const double inverse = scalars[m].inverse;
     T* z = &z_bar(m, k, n, 0);
@@ -69,7 +70,7 @@ struct LossGradient {
         z[c] = bar;
       }
     }
-    loss = TeamReal<double>::team_sum(loss);
+    loss = TeamReal<double, comers>::team_sum(loss);
     if (Real::first() == 0) {
       weight(m, k, n, 0) = w;
       losses(m, k, n, 0) = loss;
@@ -83,8 +84,9 @@ struct LossHvp {
   Loss loss;
   int C;
   Stack<T> p, weight, z_dot, z_bar_dot;
-  __device__ void operator()(int64_t m, int64_t k, int n) const {
-    using Real = TeamReal<T>;
+  template <Comers comers>
+  __device__ void sample(int64_t m, int64_t k, int n) const {
+    using Real = TeamReal<T, comers>;
     const T w = weight(m, k, n, 0);
     const T* u = &z_dot(m, k, n, 0);
     T* out = &z_bar_dot(m, k, n, 0);
@@ -103,8 +105,9 @@ struct MixedLoss {
   int C, K;
   T g_loss;
   Stack<T> p, weight, z_bar, z_v, z_u, z, out;  // z: null for the Gauss-Newton matrix
-  __device__ void operator()(int64_t m, int64_t k, int n) const {
-    using Real = TeamReal<T>;
+  template <Comers comers>
+  __device__ void sample(int64_t m, int64_t k, int n) const {
+    using Real = TeamReal<T, comers>;
     const bool cross_entropy = loss == Loss::kCrossEntropy;
     const T w = weight(m, k, n, 0);
     T* sum = &out(m, k, n, 0);

@@ -1,7 +1,7 @@
 // The passes, written once. `run` does their steps: Grid (grid.h) as one launch each, on any size
 // of network; Block (block.h) inside one block of threads, on small networks.
 //   run.multiply<form>(terms, count, rows, cols, depth, K, epilogue)   products of stacked matrices
-//   run.samples(N, K, body)       body(m, k, n) by a team of threads per sample
+//   run.samples(N, K, body)       body.sample(m, k, n) by a team of threads per sample
 //   run.models(body)              body(m) by a block of threads per model
 //   run.sum(rows, cols, K, body)  adds body(m, k, i, j) to the scalar of tangent k
 // The equations of tangents are those of csrc/cpu/tangents.h, of third order

@@ -10,7 +10,12 @@ namespace hvpfast::cuda {
 
 constexpr int kTeam = 8;  // divides 32: a team lies in one warp
 
-template <class T>
+// Which threads of a warp come to an exchange: all that have not ended, or some of its teams. The
+// first has a constant mask, and an exchange is one instruction; with a mask known when it runs,
+// the compiler calls a subroutine for each and keeps what that one overwrites in local memory.
+enum class Comers { kWarp, kTeams };
+
+template <class T, Comers comers = Comers::kTeams>
 struct TeamReal {
   using type = T;
   using R = T;
@@ -18,12 +23,12 @@ struct TeamReal {
   __device__ static int first() { return int(threadIdx.x) % kTeam; }
   __device__ static R team_sum(R x) {
     for (int offset = 1; offset < kTeam; offset *= 2)
-      x += __shfl_xor_sync(team_mask(), x, offset, kTeam);
+      x += __shfl_xor_sync(mask(), x, offset, kTeam);
     return x;
   }
   __device__ static R team_max(R x) {
     for (int offset = 1; offset < kTeam; offset *= 2) {
-      const R other = __shfl_xor_sync(team_mask(), x, offset, kTeam);
+      const R other = __shfl_xor_sync(mask(), x, offset, kTeam);
       x = max(x, other);
     }
     return x;
@@ -46,7 +51,8 @@ struct TeamReal {
   __device__ static R tanh_near_zero(R x) { return ::tanh(x); }
 
  private:
-  __device__ static unsigned team_mask() {
+  __device__ static unsigned mask() {
+    if constexpr (comers == Comers::kWarp) return 0xFFFFFFFFu;
     return ((1u << kTeam) - 1) << (threadIdx.x % 32 / kTeam * kTeam);
   }
 };
