@@ -1,6 +1,7 @@
 """The CUDA engine on M models of one network: arrays in, arrays out, by address.
 
-Each operation asks how much workspace it takes, allocates it from torch, and queues its kernels.
+Each operation allocates its workspace from torch and queues its kernels. How much it takes is
+asked once per shape: the engine finds it by running the operation without launching anything.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def _loaded() -> _cuda.Engine:
 
 
 @functools.lru_cache(maxsize=256)
+def _sizes(
+    spec: MLPSpec, dtype: torch.dtype, device: torch.device, M: int, N: int, order: int
+) -> dict[tuple[str, int, bool], tuple[int, int]]:
+    """(workspace, kept) bytes by (operation, K, ggn), of all points of these shapes."""
+    return {}
+
+
+@functools.lru_cache(maxsize=256)
 def _class_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
     return None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
 
@@ -86,6 +95,7 @@ class CudaModelsState:
         addresses = [params.data_ptr()] if flat else [p.data_ptr() for p in params]  # type: ignore[union-attr]
         models_x, models_y = x.dim() == 3, y.dim() == (3 if spec.loss == "mse" else 2)
         N = x.shape[-2]
+        self._sizes = _sizes(spec, x.dtype, x.device, M, N, order)
         make = plan(spec).point_float64 if x.dtype is torch.float64 else plan(spec).point_float32
         self._point = make(
             M,
@@ -210,7 +220,11 @@ class CudaModelsState:
         The caller holds the workspace until the work is queued: the caching allocator gives its
         memory to later work of the same stream only.
         """
-        workspace_bytes, kept_bytes = self._point.num_bytes(operation, K, ggn)
+        sizes = self._sizes.get((operation, K, ggn))
+        if sizes is None:
+            sizes = self._point.num_bytes(operation, K, ggn)
+            self._sizes[operation, K, ggn] = sizes
+        workspace_bytes, kept_bytes = sizes
         kept_bytes = kept_bytes if keep else 0
         try:
             workspace, kept = (
