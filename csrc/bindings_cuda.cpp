@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/blas.h"
 #include "cuda/device.h"
 #include "cuda/ops.h"
 #include "names.h"
@@ -45,7 +46,7 @@ void run(const Where& where, Workspace* kept, Body&& body) {
   const cudaStream_t stream = pointer<std::remove_pointer_t<cudaStream_t>>(where.stream);
   check_stream(stream, where.device);
   Workspace workspace(pointer<void>(where.workspace), where.bytes);
-  Call call{device_of(where.device), stream, workspace, kept};
+  Call call{device_of(where.device), stream, workspace, kept, Blas::of(where.device)};
   body(call);
 }
 
@@ -77,7 +78,7 @@ class Point {
   // (workspace, kept) bytes of an operation with K tangents; of "linearize" kept are the residuals.
   std::pair<size_t, size_t> num_bytes(const std::string& operation, int64_t K, bool ggn) {
     Workspace workspace, kept;
-    Call call{device_of(device_), nullptr, workspace, &kept};
+    Call call{device_of(device_), nullptr, workspace, &kept, Blas::of(device_)};
     const Curvature curvature = curvature_of(ggn);
     if (operation == "linearize") lin_->linearize(call, kept, nullptr);
     if (operation == "gradient") lin_->gradient(call, nullptr);
@@ -88,6 +89,14 @@ class Point {
     if (operation == "penalty_gradient")
       lin_->penalty_gradient(call, nullptr, K, curvature, 1, 1, nullptr);
     return {workspace.peak(), kept.peak()};
+  }
+
+  // How its products of matrices run.
+  std::string matrix_products() const {
+    Workspace workspace;
+    if (lin_->one_launch({device_of(device_), nullptr, workspace}))
+      return "inside one launch per operation: the network is small";
+    return Blas::text();
   }
 
   void linearize(uintptr_t residuals, size_t residual_bytes, uintptr_t scalars,
@@ -143,6 +152,7 @@ template <class T>
 void bind_point(py::module_& m, const char* name) {
   py::class_<Point<T>>(m, name)
       .def("num_bytes", &Point<T>::num_bytes)
+      .def("matrix_products", &Point<T>::matrix_products)
       .def("linearize", &Point<T>::linearize, Release())
       .def("gradient", &Point<T>::gradient, Release())
       .def("hvp", &Point<T>::hvp, Release())
@@ -203,11 +213,13 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
       PyErr_SetString(
           error.code == cudaErrorMemoryAllocation ? PyExc_MemoryError : PyExc_RuntimeError,
           error.what());
+    } catch (const BlasError& error) {
+      PyErr_SetString(error.memory ? PyExc_MemoryError : PyExc_RuntimeError, error.what());
     }
   });
   m.attr("emulated") = kEmulated;
   m.attr("cuda_version") = CUDART_VERSION;
-  m.attr("matrix_kernels") = "own tiles (no cuBLAS)";
+  m.def("matrix_products", &Blas::text, "What computes products of matrices, and why.");
   py::class_<Where>(m, "Where")
       .def(py::init<int, uintptr_t, uintptr_t, size_t>(), py::arg("device"), py::arg("stream"),
            py::arg("workspace"), py::arg("bytes"));
@@ -230,6 +242,10 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
   m.def("device_problem", &device_problem, "Why no device can be used, or an empty string.");
 #if defined(HVPFAST_EMULATE)
   m.def("fail_call", &fail_call);
+  m.def("use_blas", [](std::vector<std::string> names, int64_t least_macs, int least_side,
+                       size_t workspace_bytes) {
+    Blas::use(std::move(names), {least_macs, least_side, workspace_bytes});
+  });
   m.def("set_machine", [](int driver, int devices, int shared_bytes) {
     emulation::runtime.driver = driver, emulation::runtime.devices = devices;
     emulation::runtime.shared_bytes = shared_bytes;

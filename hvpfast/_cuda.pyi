@@ -8,6 +8,7 @@ class Where:
 
 class Point:
     def num_bytes(self, operation: str, K: int, ggn: bool, /) -> tuple[int, int]: ...
+    def matrix_products(self) -> str: ...
     def linearize(
         self, residuals: int, residual_bytes: int, scalars: int, where: Where, /
     ) -> None: ...
@@ -55,7 +56,6 @@ class Engine(Protocol):
 
     emulated: bool
     cuda_version: int
-    matrix_kernels: str
     Where: type[_Where]
     Plan: type[_Plan]
 
@@ -64,3 +64,4 @@ class Engine(Protocol):
         double_precision: bool, where: _Where, /,
     ) -> None: ...  # fmt: skip
     def device_problem(self) -> str: ...
+    def matrix_products(self) -> str: ...

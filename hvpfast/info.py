@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hvpfast import backends
+from hvpfast.backends import cuda_models
 
 PACKAGES = (
     "hvpfast",
@@ -36,6 +37,7 @@ def collect() -> dict[str, Any]:
         "source": source(),
         "backends": backends.available(),
         "cpu kernels": kernels(),
+        "cuda kernels": cuda_kernels(),
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
@@ -87,6 +89,18 @@ def kernels() -> dict[str, Any]:
         "instruction set": module.isa(),
         "instruction sets": list(module.isas()),
         **module.build_info(),
+    }
+
+
+def cuda_kernels() -> dict[str, Any]:
+    """Return what the compiled CUDA kernels say of themselves; empty where they are missing."""
+    module = cuda_models.engine()
+    if isinstance(module, str):
+        return {}
+    number = module.cuda_version  # 13020 is 13.2
+    return {
+        "toolkit": f"CUDA {number // 1000}.{number % 1000 // 10}",
+        "matrix products": module.matrix_products(),
     }
 
 
@@ -145,6 +159,7 @@ def text(facts: dict[str, Any]) -> str:
                 ", ".join(map(str, value)) if isinstance(value, list) else str(value),
             )
         )
+    lines += [(f"CUDA kernels: {name}", value) for name, value in facts["cuda kernels"].items()]
     lines += [(name, str(value)) for name, value in facts["machine"].items() if value is not None]
     lines.append(("threads", f"{facts['threads']} (torch's number, which the kernels follow)"))
     devices = [

@@ -112,7 +112,13 @@ class Linearization:
             f"backend: {self.backend}",
         ]
         lines += [f"passed over {name}: {reason}" for name, reason in self._choice.passed_over]
-        return "\n".join(lines)
+        more = getattr(self._any_state, "explain", None)
+        return "\n".join(lines if more is None else [*lines, *more()])
+
+    @property
+    def _any_state(self) -> backends.State | backends.ModelsState | None:
+        """The state, of one model or of many."""
+        return self._state
 
     def __repr__(self) -> str:
         return (

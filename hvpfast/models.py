@@ -79,6 +79,11 @@ class ModelsLinearization(Linearization):
         """What runs where and why, in a few lines."""
         return f"{self.num_models} models at once: {super().explain()}"
 
+    @property
+    def _any_state(self) -> backends.ModelsState:
+        """The state, of one model or of many."""
+        return self.models
+
     # What the functional layer calls.
 
     def product(self, tangents: Tensor, ggn: bool) -> Tensor:

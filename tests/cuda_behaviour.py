@@ -185,6 +185,13 @@ def test_wrong_labels_are_noticed_when_the_loss_is_read() -> None:
         _ = two.values
 
 
+def test_small_networks_say_that_they_are() -> None:
+    spec = hf.MLPSpec((4, 3))
+    x, y = torch.ones(2, 5, 4), torch.zeros(5, dtype=torch.int64)
+    many = hf.linearize(spec, torch.ones(2, spec.num_params), x, y, backend="cuda")
+    assert "matrix products: inside one launch per operation" in many.explain()
+
+
 def test_bad_input_is_refused() -> None:
     spec = hf.MLPSpec((4, 3))
     x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)

@@ -368,3 +368,14 @@ def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     text = info.text(facts)
     assert "not available: the extension is missing" in text
     assert "T, compute capability 9.0, 80.0 GiB" in text
+
+
+def test_info_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.cuda_models, "engine", lambda: "built without CUDA")
+    assert info.collect()["cuda kernels"] == {}
+    engine = types.SimpleNamespace(cuda_version=13020, matrix_products=lambda: "own tiles; because")
+    monkeypatch.setattr(info.cuda_models, "engine", lambda: engine)
+    text = info.text(info.collect())
+    assert "CUDA kernels: toolkit" in text
+    assert "CUDA 13.2" in text
+    assert "own tiles; because" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import shutil
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_module_imports_without_a_driver(built: tuple[Path, list[KernelFigures]]
         assert module.device_problem() == ""
     else:
         assert "driver" in module.device_problem()
+    text = module.matrix_products()
+    if any(map(loads, ("libcublas.so.13", "libcublas.so.12"))):
+        assert text.startswith("cuBLAS (libcublas.so.1")
+    else:
+        assert text.startswith("own tiles; cuBLAS is not found (libcublas.so.13: ")
+
+
+def loads(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def test_named_backend_that_cannot_run_says_why() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,13 +41,16 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulated_module(tmp_path_factory.mktemp("cuda_emulated"))
 
 
-def run_emulated(module: Path, *arguments: str, shared_bytes: int = 96 << 10) -> str:
+def run_emulated(
+    module: Path, *arguments: str, shared_bytes: int = 96 << 10, blas: bool = False
+) -> str:
     """Output of a pytest run in which backend "cuda" is the emulated one."""
     command = [sys.executable, "-m", "pytest", "-p", "cuda_emulated", "-q", *arguments]
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {
         "HVPFAST_CUDA_EMULATED": str(module),
         "HVPFAST_CUDA_EMULATED_SHARED": str(shared_bytes),
+        "HVPFAST_CUDA_EMULATED_BLAS": str(int(blas)),
         "PYTHONPATH": path,
     }
     done = subprocess.run(
@@ -56,23 +60,29 @@ def run_emulated(module: Path, *arguments: str, shared_bytes: int = 96 << 10) ->
     return done.stdout
 
 
-@pytest.mark.parametrize("path", ["small", "general"])
+@pytest.mark.parametrize("path", ["small", "general", "cublas"])
 def test_conformance(emulated: Path, path: str) -> None:
     """Every case of the matrix, judged against float64 like those of every other backend.
 
-    Without shared memory no network is small: every operation goes pass by pass.
+    Without shared memory no network is small: every operation goes pass by pass, its products by
+    the engine's tiles or by the library that stands in for cuBLAS.
     """
     output = run_emulated(
         emulated,
         *("tests/test_conformance.py", "-k", "cuda", "-rs"),
         shared_bytes=96 << 10 if path == "small" else 0,
+        blas=path == "cublas",
     )
     assert "SKIPPED" not in output, output
     assert "passed" in output, output
+    (calls,) = re.findall(r"stand-in for cuBLAS: (\d+) calls", output)
+    assert (int(calls) > 10_000) == (path == "cublas")
 
 
-def test_behaviour(emulated: Path) -> None:
-    """What tests/cuda_behaviour.py says of models, errors and failures of the runtime."""
-    output = run_emulated(emulated, "tests/cuda_behaviour.py", "-rs")
+@pytest.mark.parametrize("body", ["cuda_behaviour", "cuda_blas"])
+def test_behaviour(emulated: Path, body: str) -> None:
+    """What these files say of models, errors, and failures of runtime and cuBLAS."""
+    shared_bytes = 0 if body == "cuda_blas" else 96 << 10
+    output = run_emulated(emulated, f"tests/{body}.py", "-rs", shared_bytes=shared_bytes)
     assert "SKIPPED" not in output, output
     assert "passed" in output, output

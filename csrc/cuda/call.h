@@ -41,11 +41,14 @@ struct Device {
   size_t shared_bytes = 48 << 10;  // most that a block can have
 };
 
+class Blas;
+
 struct Call {
   const Device& device;
   cudaStream_t stream;
   Workspace& workspace;
   Workspace* kept = nullptr;  // what a penalty keeps for its gradient
+  Blas* blas = nullptr;       // where there is one
   bool counting() const { return workspace.counting(); }
 };
 

@@ -1,6 +1,7 @@
 // The steps of passes.h as launches over the whole device: any size, M models, K tangents.
 #pragma once
 #include "call.h"
+#include "large.h"
 #include "passes.h"
 #include "tiles.h"
 
@@ -55,6 +56,10 @@ class Grid {
   template <Form form, class Epilogue>
   void multiply(const Term<T>* terms, int num_terms, int rows, int cols, int depth, int K,
                 const Epilogue& epilogue) {
+    int64_t repeats = 0;
+    for (int t = 0; t < num_terms; ++t) repeats += M_ * K * terms[t].count;
+    if (call_.blas && Blas::rule().takes(rows, cols, depth, repeats))
+      return multiply_large<form>(call_, terms, num_terms, rows, cols, depth, M_, K, epilogue);
     Products<T> p{};
     p.num_terms = num_terms, p.rows = rows, p.cols = cols, p.depth = depth, p.K = K;
     p.chunks = (depth + kDepth - 1) / kDepth;

@@ -35,6 +35,9 @@ class Linearization {
  public:
   explicit Linearization(const Points<T>& points);
 
+  // Whether the product with one tangent is one launch: no product of matrices by itself.
+  bool one_launch(const Call& call) const { return small(call, 1, {SmallOp::kHvp}); }
+
   // Residuals in `residuals`, which lives as long as the Linearization; scalars (M).
   void linearize(Call& call, Workspace& residuals, Scalars* scalars);
   // out (M, P) = dL/dparams

@@ -43,7 +43,10 @@ class PenaltyState(Protocol):
 
 
 class State(Protocol):
-    """A linearisation at one point; K tangents are contiguous rows (K, P)."""
+    """A linearisation at one point; K tangents are contiguous rows (K, P).
+
+    It may also have ``explain()``: lines on how it runs, for ``Linearization.explain()``.
+    """
 
     @property
     def loss(self) -> Tensor:
@@ -113,6 +116,7 @@ class ModelsState(Protocol):
     Labels out of range, and a mean over no targets, are errors like those of one model; where the
     models have their own targets, y (M, N), the message begins with ``model m:``, m the first such
     model. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
+    It may also have ``explain()``, as a :class:`State` may.
     """
 
     @property

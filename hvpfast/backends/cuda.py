@@ -3,7 +3,8 @@
 All memory comes from torch's caching allocator and all work goes to torch's current stream; nothing
 waits for the device until a loss is read, so that calls can be captured in a CUDA graph. Models
 with parameters of their own are the first axis of every array; one model is M = 1 of them.
-Matrix products are the engine's own tiles in full precision; no cuBLAS is needed or used.
+Matrix products are in full precision: the engine's own tiles, and where torch has brought cuBLAS,
+that for the large ones (csrc/cuda/blas.h has the rule; ``Linearization.explain()`` says it).
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ class CudaState:
     def nbytes(self) -> int:
         """Bytes of residuals."""
         return self._models.nbytes
+
+    def explain(self) -> list[str]:
+        """How it runs, for ``Linearization.explain()``."""
+        return self._models.explain()
 
     def gradient(self) -> Tensor:
         """Gradient d loss / d params, (P,)."""

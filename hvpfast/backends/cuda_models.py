@@ -151,6 +151,10 @@ class CudaModelsState:
                 )
         return [(loss, normalizer) for loss, normalizer, _, _ in rows]
 
+    def explain(self) -> list[str]:
+        """How it runs, for ``Linearization.explain()``."""
+        return [f"matrix products: {self._point.matrix_products()}"]
+
     def gradient(self) -> Tensor:
         """Gradients d loss / d params, (M, P)."""
         out = self._empty(self._spec.num_params)
