@@ -79,9 +79,9 @@ def test_conformance(emulated: Path, path: str) -> None:
     assert (int(calls) > 10_000) == (path == "cublas")
 
 
-@pytest.mark.parametrize("body", ["cuda_behaviour", "cuda_blas"])
+@pytest.mark.parametrize("body", ["cuda_behaviour", "cuda_blas", "cuda_formulas"])
 def test_behaviour(emulated: Path, body: str) -> None:
-    """What these files say of models, errors, and failures of runtime and cuBLAS."""
+    """What these files say of models, errors, failures of runtime and cuBLAS, and formulas."""
     shared_bytes = 0 if body == "cuda_blas" else 96 << 10
     output = run_emulated(emulated, f"tests/{body}.py", "-rs", shared_bytes=shared_bytes)
     assert "SKIPPED" not in output, output
