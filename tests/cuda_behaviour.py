@@ -1,12 +1,19 @@
-"""Run by tests/test_cuda_emulated.py: the CUDA engine on the host, beyond the conformance body."""
+"""The CUDA engine beyond the conformance body: on emulated kernels, or with --device cuda on a GPU.
+
+Run by tests/test_cuda_emulated.py and by benchmarks/gpu_check. Calls of the runtime fail, and
+machines and addresses are made up, on emulated kernels only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import helpers
 import pytest
 import torch
-from cases import DTYPES, FEW, Case, problem, with_dtype
+from cases import DTYPES, FEW, Case, with_dtype
+from helpers import place
+from test_conformance import placed
 from torch import Tensor
 
 import hvpfast as hf
@@ -15,15 +22,18 @@ from hvpfast.probes import ProbeSource, probe_rows
 
 ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)
-assert ENGINE.emulated
-INVALID, MEMORY, DRIVER, NO_DEVICE, LAUNCH = 1, 2, 35, 100, 719  # cudaError_t
+emulated_only = pytest.mark.skipif(
+    not ENGINE.emulated, reason="what it makes up exists on emulated kernels only"
+)
+MEMORY, DRIVER, NO_DEVICE, LAUNCH = 2, 35, 100, 719  # cudaError_t
 
 
 @pytest.fixture(autouse=True)
 def nothing_fails() -> Iterator[None]:
     yield
-    ENGINE.fail_call(-1, 0)
-    ENGINE.set_machine(13000, 1, 96 << 10)
+    if ENGINE.emulated:
+        ENGINE.fail_call(-1, 0)
+        ENGINE.set_machine(13000, 1, 96 << 10)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
@@ -31,17 +41,17 @@ def nothing_fails() -> Iterator[None]:
 @pytest.mark.parametrize("P", [1, 5, 127, 128, 129, 1000])
 def test_probes_are_the_same_bits(distribution: str, dtype: torch.dtype, P: int) -> None:
     source = ProbeSource(3, distribution, 0xFEDCBA9876543210, 7)
-    out = torch.empty(3, P, dtype=dtype)
+    out = torch.empty(3, P, dtype=dtype, device=helpers.DEVICE)
     ENGINE.draw(
         distribution, source.seed, source.first, 3, P, out.data_ptr(), dtype == torch.float64,
         ENGINE.Where(0, 0, 0, 0),
     )  # fmt: skip
-    assert torch.equal(out, probe_rows(source, P, dtype, torch.device("cpu")))
+    assert torch.equal(out.cpu(), probe_rows(source, P, dtype, torch.device("cpu")))
 
 
 def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
     """Every operation from linearize on."""
-    q = problem(case)
+    q = placed(case)
     V, U = q.tangents, q.cotangents
 
     def lin() -> hf.Linearization:
@@ -60,6 +70,7 @@ def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
 WIDE = Case(hf.MLPSpec((300, 70, 5), "tanh"), 20)
 
 
+@emulated_only
 @pytest.mark.parametrize("case", [FEW[3], WIDE], ids=str)
 @pytest.mark.parametrize("code", [MEMORY, LAUNCH])
 def test_every_failing_call_raises(case: Case, code: int) -> None:
@@ -78,6 +89,7 @@ def test_every_failing_call_raises(case: Case, code: int) -> None:
         assert torch.equal(run(), right), name
 
 
+@emulated_only
 def test_device_problems_are_named() -> None:
     ENGINE.set_machine(12080, 1, 96 << 10)
     assert "driver is too old: it has CUDA 12.8 and this build needs 13.0" in (
@@ -112,7 +124,8 @@ def models(M: int, shared: bool, dtype: torch.dtype, spec: hf.MLPSpec) -> list[l
         y = randn(*data, N, spec.sizes[-1])
     else:
         y = torch.randint(0, spec.sizes[-1], (*data, N), generator=g)
-    return [0.3 * randn(M, P), randn(*data, N, spec.sizes[0]), y, randn(M, K, P), randn(M, K, P)]
+    tensors = (0.3 * randn(M, P), randn(*data, N, spec.sizes[0]), y, randn(M, K, P), randn(M, K, P))
+    return [place(t) for t in tensors]
 
 
 SPECS = [
@@ -149,7 +162,7 @@ def test_models_are_each_what_they_are_alone(
         drawn = ProbeSource(2, "normal", 5, 11 + 2 * m)
         expected = {
             "loss": alone.loss,
-            "normalizers": torch.tensor(alone.normalizer, dtype=torch.float64),
+            "normalizers": place(torch.tensor(alone.normalizer, dtype=torch.float64)),
             "gradient": alone.gradient(),
             "hvp": alone.hvp(V[m], False),
             "ggn": alone.hvp(V[m], True),
@@ -171,8 +184,8 @@ def test_models_are_each_what_they_are_alone(
 
 def test_wrong_labels_are_noticed_when_the_loss_is_read() -> None:
     spec = hf.MLPSpec((4, 3))
-    x, y = torch.ones(5, 4), torch.tensor([0, 1, 7, 2, -3])
-    params = torch.ones(spec.num_params)
+    x, y = place(torch.ones(5, 4)), place(torch.tensor([0, 1, 7, 2, -3]))
+    params = place(torch.ones(spec.num_params))
     state = cuda.linearize(spec, params, x, y, 3)  # no wait, no error
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\).*y\[2\] = 7"):
         _ = state.loss_value
@@ -187,12 +200,13 @@ def test_wrong_labels_are_noticed_when_the_loss_is_read() -> None:
 
 def test_small_networks_say_that_they_are() -> None:
     spec = hf.MLPSpec((4, 3))
-    x, y = torch.ones(2, 5, 4), torch.zeros(5, dtype=torch.int64)
-    many = hf.linearize(spec, torch.ones(2, spec.num_params), x, y, backend="cuda")
+    x, y = place(torch.ones(2, 5, 4)), place(torch.zeros(5, dtype=torch.int64))
+    many = hf.linearize(spec, place(torch.ones(2, spec.num_params)), x, y, backend="cuda")
     assert "matrix products: inside one launch per operation" in many.explain()
 
 
-def test_bad_input_is_refused() -> None:
+@emulated_only
+def test_bad_addresses_are_refused() -> None:
     spec = hf.MLPSpec((4, 3))
     x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)
     params = torch.ones(spec.num_params)
@@ -206,17 +220,20 @@ def test_bad_input_is_refused() -> None:
         cuda.linearize(spec, crooked, x, y, 3)
     with pytest.raises(ValueError, match="stream belongs to CUDA device 1"):
         ENGINE.draw("normal", 0, 0, 1, 3, params.data_ptr(), False, ENGINE.Where(0, 0x100, 0, 0))
-    q = problem(WIDE)
+
+
+def test_bad_input_is_refused() -> None:
+    q = placed(WIDE)
     wide = cuda.linearize(WIDE.spec, q.flat, q.x, q.y, 3)
+    raw = place(torch.zeros(1, dtype=torch.uint8))
     where = ENGINE.Where(0, 0, raw.data_ptr(), 1)
     with pytest.raises(ValueError, match="workspace has 1 bytes, too few"):
         wide._models._point.hvp(q.flat.data_ptr(), 1, False, q.flat.data_ptr(), where)
-    state = cuda.linearize(spec, params, x, y, 3)
     for call in (
-        lambda: state.sample_traces(False, [True, True]),
-        lambda: state.diagonal(False),
-        lambda: state.inner_product(state, False, [True, True]),
-        lambda: state.exact_penalty("fro2", False, [True, True]),
+        lambda: wide.sample_traces(False, [True, True]),
+        lambda: wide.diagonal(False),
+        lambda: wide.inner_product(wide, False, [True, True]),
+        lambda: wide.exact_penalty("fro2", False, [True, True]),
     ):
         with pytest.raises(NotImplementedError, match="backends cpu and reference"):
             call()
@@ -224,15 +241,15 @@ def test_bad_input_is_refused() -> None:
 
 def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = hf.MLPSpec((40, 64, 3), "tanh")
-    x, y = torch.ones(500, 40), torch.zeros(500, dtype=torch.int64)
-    state = cuda.linearize(spec, torch.ones(spec.num_params), x, y, 3)
+    x, y = place(torch.ones(500, 40)), place(torch.zeros(500, dtype=torch.int64))
+    state = cuda.linearize(spec, place(torch.ones(spec.num_params)), x, y, 3)
     one, two = (sum(state._models._point.num_bytes("hvp", K, False)) for K in (1, 2))
     monkeypatch.setattr(cuda_models, "available_bytes", lambda device: one + 5 * (two - one))
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("none left")
 
-    V = torch.ones(64, spec.num_params)
+    V = place(torch.ones(64, spec.num_params))
     real = torch.empty
     monkeypatch.setattr(cuda_models.torch, "empty", refuse)
     with pytest.raises(MemoryError, match=r"K = 64 tangents .* enough for K = 6: take fewer"):
@@ -255,7 +272,7 @@ class Uncounted:
 
 
 def test_memory_is_counted_once_per_shape() -> None:
-    q = problem(WIDE)
+    q = placed(WIDE)
     rows = q.tangents.T.contiguous()
 
     def results(state: cuda.CudaState) -> list[Tensor]:

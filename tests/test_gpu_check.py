@@ -240,7 +240,13 @@ def test_command_lists_and_refuses(tmp_path: Path) -> None:
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
     names = [line.split()[0] for line in listed.stdout.splitlines()]
-    assert {"build-cuda", "conformance-triton", "memcheck-cuda", "bench-models"} <= set(names)
+    assert {
+        "build-cuda",
+        "conformance-triton",
+        "cuda-tests",
+        "memcheck-cuda",
+        "bench-models",
+    } <= set(names)
     wrong = subprocess.run(
         [*command, "--only", "nothing"], capture_output=True, text=True, cwd=tmp_path
     )
