@@ -20,15 +20,21 @@ SCRATCH = ".part-"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that an archive can hold
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, mark: str = "") -> None:
     """Write ``path`` so that it holds its old or its new content, never a part of one.
 
-    The content is written beside it, flushed to disk and renamed; text is encoded as UTF-8.
+    The content is written beside it, flushed to disk and renamed; text is encoded as UTF-8. What a
+    process that is killed leaves beside it, the next write replaces.
+
+    Args:
+        path: the file.
+        content: all of it.
+        mark: part of the name beside it, to be different in processes that may write at once.
 
     Raises:
         OSError: it cannot be written; what was there is as it was.
     """
-    scratch = path.with_name(f"{SCRATCH}{os.getpid()}-{path.name}")
+    scratch = path.with_name(f"{SCRATCH}{mark}{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(scratch, "wb") as file:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         StudyError: it cannot be written.
     """
     try:
-        files.write_whole(path, content)
+        files.write_whole(path, content, mark=f"{os.getpid()}-")
     except OSError as error:
         raise StudyError(
             f"cannot write {path}: {error.strerror or error}. "
