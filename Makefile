@@ -6,19 +6,21 @@
 #
 # TORCH is what pip installs first, before anything that depends on torch; PYTHON makes the
 # environments:  make test PYTHON=python3.12 TORCH=torch==2.6.0
+# TRITON, for make test: kernels are compiled with the version that torch's GPU builds come with.
 # TORCH pins a CPU build, beside which the CUDA engine cannot run: it is left out, unless
 # HVPFAST_CUDA=on|auto says otherwise.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 HVPFAST_CUDA ?= off
 export HVPFAST_CUDA
 
 STUDY := .venv-study
 TEST := .venv-test
 BIN := $(TEST)/bin
-STAMP := torch-$(shell echo '$(PYTHON) $(TORCH)' | cksum | cut -d ' ' -f 1)
+STAMP := torch-$(shell echo '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 
 BUILD_SOURCES := pyproject.toml setup.py MANIFEST.in CMakeLists.txt $(shell find csrc -type f)
 PACKAGE := $(shell find hvpfast -name '*.py' -o -name '*.md' -o -name '*.pyi' -o -name py.typed)
@@ -73,7 +75,7 @@ $(STUDY)/installed: $(STUDY)/$(STAMP) $(BUILD_SOURCES) $(PACKAGE)
 	touch $@
 
 $(TEST)/installed: $(TEST)/$(STAMP) $(BUILD_SOURCES)
-	$(BIN)/pip install '$(TORCH)' -e '.[dev,studies,bench,compat,triton]'
+	$(BIN)/pip install '$(TORCH)' '$(TRITON)' -e '.[dev,studies,bench,compat,triton]'
 	touch $@
 
 clean:

@@ -35,7 +35,12 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Run ``programs`` programs of a kernel on the current stream of its first tensor's device."""
+    """Run ``programs`` programs of a kernel on the current stream of its first tensor's device.
+
+    Multiply-adds are fused unless ``enable_fp_fusion=False``; Triton's own default is another from
+    version to version.
+    """
+    constants = {"enable_fp_fusion": True, **constants}
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, constants))
     elif programs > 0:
