@@ -6,7 +6,7 @@
 #
 # TORCH is what pip installs first, before anything that depends on torch; PYTHON makes the
 # environments:  make test PYTHON=python3.12 TORCH=torch==2.6.0
-# TRITON, for make test: kernels are compiled with the version that torch's GPU builds come with.
+# TRITON, for make test: the compiler whose figures of the kernels the tests look at.
 # TORCH pins a CPU build, beside which the CUDA engine cannot run: it is left out, unless
 # HVPFAST_CUDA=on|auto says otherwise.
 
