@@ -83,12 +83,7 @@ def _shared_or_own(t: Tensor, dim: int) -> Tensor:
 
 
 def check_losses(spec: MLPSpec, loss: Tensor, params: Tensor, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError where a loss of M models is not finite, for the first such model.
-
-    Nothing is looked at while a CUDA graph is captured.
-    """
-    if loss.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
+    """Raise ValueError where a loss of M models is not finite, for the first such model."""
     wrong = ~torch.isfinite(loss)
     if not bool(wrong.any()):
         return

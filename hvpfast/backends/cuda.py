@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from hvpfast.backends import cuda_models, exact_text
-from hvpfast.backends.cuda_models import CudaModelsPenalty, CudaModelsState
-from hvpfast.probes import ProbeSource
+from hvpfast.backends.cuda_models import CudaModelsState
+from hvpfast.backends.one_model import OneModel
 from hvpfast.spec import MLPSpec
 
 NAME = "cuda"
@@ -77,16 +76,10 @@ def linearize_models(
     return CudaModelsState(spec, params, x, y, order, len(params))
 
 
-class CudaState:
+class CudaState(OneModel[CudaModelsState]):
     """One model: the only one of a :class:`CudaModelsState`."""
 
-    def __init__(self, models: CudaModelsState) -> None:
-        self._models = models
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self._models.loss[0]
+    __slots__ = ()
 
     @property
     def loss_value(self) -> float:
@@ -98,76 +91,12 @@ class CudaState:
         """What the sum of losses was divided by: waits for the device when first read."""
         return self._models.values[0][1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of residuals."""
-        return self._models.nbytes
-
     def explain(self) -> list[str]:
         """How it runs, for ``Linearization.explain()``."""
         return self._models.explain()
 
-    def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
-        return self._models.gradient()[0]
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
-        rows = tangents.reshape(1, -1, tangents.shape[-1])
-        return self._models.hvp(rows, ggn).view_as(tangents)
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
-        return self._models.quadratic(tangents.unsqueeze(0), ggn)[0]
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (P,)."""
-        return self._models.hvp_vjp(tangents.unsqueeze(0), cotangents.unsqueeze(0), ggn)[0]
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CudaPenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
-        rows = probes if isinstance(probes, ProbeSource) else probes.unsqueeze(0)
-        return CudaPenalty(self._models.penalty(rows, ggn))
-
-    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """Not on this backend: NotImplementedError."""
-        self._no_exact("trace")
-
-    def diagonal(self, ggn: bool) -> Tensor:
-        """Not on this backend: NotImplementedError."""
-        self._no_exact("trace")
-
-    def inner_product(self, other: object, ggn: bool, chosen: Sequence[bool]) -> float:
-        """Not on this backend: NotImplementedError."""
-        self._no_exact("fro2")
-
-    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> CudaPenalty:
-        """Not on this backend: NotImplementedError."""
-        self._no_exact(kind)
-
-    def _no_exact(self, kind: str) -> NoReturn:
-        raise NotImplementedError(
+    def _no_exact(self, kind: str) -> NotImplementedError:
+        return NotImplementedError(
             f"{exact_text(self._models._spec, kind)} is not computed by backend 'cuda'; the "
             f"backends {EXACT_BACKENDS} compute it, and estimator='hutchinson' estimates it here"
         )
-
-
-class CudaPenalty:
-    """One model's penalty, for its gradient."""
-
-    def __init__(self, models: CudaModelsPenalty) -> None:
-        self._models = models
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self._models.loss[0]
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalty, 0-dim, a new tensor each time: autograd attaches history to it."""
-        return self._models.penalty[0]
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
-        return self._models.gradient(g_loss, g_penalty)[0]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvpfast.backends import State
+from hvpfast import capture
+from hvpfast.backends.one_model import OneModel
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
 
@@ -98,12 +99,9 @@ class TritonModelsState:
         Raises:
             ValueError: a label is out of range.
         """
-        if not self._read and not self._capturing():
+        if not self._read and not capture.recording(self._y):
             self._read = bool(self.loss_values)
         return self._lin.loss
-
-    def _capturing(self) -> bool:
-        return self._y.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def loss_values(self) -> list[float]:
@@ -178,18 +176,14 @@ class TritonModelsPenalty:
         return self._penalty.gradient(g_loss, g_penalty)
 
 
-class TritonState:
+class TritonState(OneModel[TritonModelsState]):
     """One model at its point: the state of one of M = 1 models."""
 
-    __slots__ = ("_lin", "_models")
+    __slots__ = ("_lin",)
 
     def __init__(self, lin: Linearization, y: Tensor) -> None:
-        self._lin, self._models = lin, TritonModelsState(lin, y)
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim; as :attr:`TritonModelsState.loss`."""
-        return self._models.loss[0]
+        super().__init__(TritonModelsState(lin, y))
+        self._lin = lin
 
     @property
     def loss_value(self) -> float:
@@ -205,74 +199,7 @@ class TritonState:
         """What the sum of losses was divided by; waits for the device."""
         return float(self._lin.normalizers[0])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of residuals."""
-        return self._lin.nbytes
-
-    def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
-        return self._lin.gradient()[0]
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
-        rows = tangents.reshape(1, -1, self._lin.P)
-        return self._models.hvp(rows, ggn).view_as(tangents)
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
-        return self._models.quadratic(tangents[None], ggn)[0]
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (P,)."""
-        return self._models.hvp_vjp(tangents[None], cotangents[None], ggn)[0]
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonPenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
-        models = probes if isinstance(probes, ProbeSource) else probes[None]
-        return TritonPenalty(self._models.penalty(models, ggn))
-
-    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """Exact curvature is not there."""
-        raise _no_exact()
-
-    def diagonal(self, ggn: bool) -> Tensor:
-        """Exact curvature is not there."""
-        raise _no_exact()
-
-    def inner_product(self, other: State, ggn: bool, chosen: Sequence[bool]) -> float:
-        """Exact curvature is not there."""
-        raise _no_exact()
-
-    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> TritonPenalty:
-        """Exact curvature is not there."""
-        raise _no_exact()
-
-
-class TritonPenalty:
-    """The penalty of one model, for its gradient."""
-
-    __slots__ = ("_models",)
-
-    def __init__(self, models: TritonModelsPenalty) -> None:
-        self._models = models
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self._models.loss[0]
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalty, 0-dim."""
-        return self._models.penalty[0]
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
-        return self._models.gradient(g_loss, g_penalty)[0]
-
-
-def _no_exact() -> NotImplementedError:
-    return NotImplementedError(
-        "the triton backend has no exact curvature; the backends 'cpu' and 'reference' have it"
-    )
+    def _no_exact(self, kind: str) -> NotImplementedError:
+        return NotImplementedError(
+            "the triton backend has no exact curvature; the backends 'cpu' and 'reference' have it"
+        )
