@@ -60,6 +60,8 @@ sanitize: $(TEST)/installed
 	$(BIN)/cmake --build build/sanitize --target sanitize
 	build/sanitize/sanitize
 
+# A file's tests stay on one worker: they share what they build. In order: some long ones come early.
+PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
 pytest: $(TEST)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

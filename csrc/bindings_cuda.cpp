@@ -75,8 +75,10 @@ class Point {
     lin_ = std::make_unique<cuda::Linearization<T>>(points);
   }
 
-  // (workspace, kept) bytes of an operation with K tangents; of "linearize" kept are the residuals.
-  std::pair<size_t, size_t> num_bytes(const std::string& operation, int64_t K, bool ggn) {
+  // (workspace, kept) bytes of an operation with K tangents, or K probes that a penalty draws; of
+  // "linearize" kept are the residuals.
+  std::pair<size_t, size_t> num_bytes(const std::string& operation, int64_t K, bool ggn,
+                                      const Probes* probes) {
     Workspace workspace, kept;
     Call call{device_of(device_), nullptr, workspace, &kept, Blas::of(device_)};
     const Curvature curvature = curvature_of(ggn);
@@ -85,9 +87,9 @@ class Point {
     if (operation == "hvp") lin_->hvp(call, nullptr, K, curvature, nullptr);
     if (operation == "quadratic") lin_->quadratic(call, nullptr, K, curvature, nullptr);
     if (operation == "hvp_vjp") lin_->hvp_vjp(call, nullptr, nullptr, K, curvature, nullptr);
-    if (operation == "penalty") lin_->penalty(call, nullptr, K, curvature, nullptr);
+    if (operation == "penalty") lin_->penalty(call, {nullptr, probes}, K, curvature, nullptr);
     if (operation == "penalty_gradient")
-      lin_->penalty_gradient(call, nullptr, K, curvature, 1, 1, nullptr);
+      lin_->penalty_gradient(call, {nullptr, probes}, K, curvature, 1, 1, nullptr);
     return {workspace.peak(), kept.peak()};
   }
 
@@ -125,20 +127,20 @@ class Point {
     run(where, nullptr,
         [&](Call& call) { lin_->hvp_vjp(call, v, u, K, curvature_of(ggn), pointer<T>(out)); });
   }
-  void penalty(uintptr_t tangents, int64_t K, bool ggn, uintptr_t value, uintptr_t kept,
-               size_t kept_bytes, const Where& where) const {
-    const T* v = aligned<const T>("tangents", tangents);
+  void penalty(uintptr_t tangents, const Probes* probes, int64_t K, bool ggn, uintptr_t value,
+               uintptr_t kept, size_t kept_bytes, const Where& where) const {
+    const Tangents<T> v{aligned<const T>("tangents", tangents), probes};
     Workspace memory(pointer<void>(kept), kept_bytes);
     run(where, &memory,
         [&](Call& call) { lin_->penalty(call, v, K, curvature_of(ggn), pointer<double>(value)); });
   }
-  void penalty_gradient(uintptr_t tangents, int64_t K, bool ggn, double g_loss, double g_penalty,
-                        uintptr_t out, uintptr_t kept, size_t kept_bytes,
-                        const Where& where) const {
+  void penalty_gradient(uintptr_t tangents, const Probes* probes, int64_t K, bool ggn,
+                        double g_loss, double g_penalty, uintptr_t out, uintptr_t kept,
+                        size_t kept_bytes, const Where& where) const {
+    const Tangents<T> v{pointer<const T>(tangents), probes};
     Workspace memory(pointer<void>(kept), kept_bytes);
     run(where, &memory, [&](Call& call) {
-      lin_->penalty_gradient(call, pointer<const T>(tangents), K, curvature_of(ggn), g_loss,
-                             g_penalty, pointer<T>(out));
+      lin_->penalty_gradient(call, v, K, curvature_of(ggn), g_loss, g_penalty, pointer<T>(out));
     });
   }
 
@@ -151,7 +153,8 @@ class Point {
 template <class T>
 void bind_point(py::module_& m, const char* name) {
   py::class_<Point<T>>(m, name)
-      .def("num_bytes", &Point<T>::num_bytes)
+      .def("num_bytes", &Point<T>::num_bytes, py::arg("operation"), py::arg("K"), py::arg("ggn"),
+           py::arg("probes") = py::none())
       .def("matrix_products", &Point<T>::matrix_products)
       .def("linearize", &Point<T>::linearize, Release())
       .def("gradient", &Point<T>::gradient, Release())
@@ -177,18 +180,6 @@ struct Plan {
                                       y_model, class_weights, third_order, device);
   }
 };
-
-void draw(const std::string& distribution, uint64_t seed, uint32_t first, int64_t K, int64_t P,
-          uintptr_t out, bool double_precision, const Where& where) {
-  const Probes probes{distribution_named(distribution), seed, first};
-  run(where, nullptr, [&](Call& call) {
-    if (double_precision) {
-      draw_probes(call, probes, K, P, pointer<double>(out));
-    } else {
-      draw_probes(call, probes, K, P, pointer<float>(out));
-    }
-  });
-}
 
 #if defined(HVPFAST_EMULATE)
 // From now on call number `index` of the runtime fails; -1: none. Returns the calls since the last.
@@ -223,6 +214,11 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
   py::class_<Where>(m, "Where")
       .def(py::init<int, uintptr_t, uintptr_t, size_t>(), py::arg("device"), py::arg("stream"),
            py::arg("workspace"), py::arg("bytes"));
+  py::class_<Probes>(m, "Probes")
+      .def(py::init([](const std::string& distribution, uint64_t seed, uint32_t first) {
+             return Probes{distribution_named(distribution), seed, first};
+           }),
+           py::arg("distribution"), py::arg("seed"), py::arg("first"));
   py::class_<Plan>(m, "Plan")
       .def(py::init([](std::vector<int64_t> sizes, const std::string& activation,
                        const std::string& loss, bool mean, bool bias,
@@ -238,7 +234,6 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
       .def("point_float64", &Plan::point<double>);
   bind_point<float>(m, "PointFloat32");
   bind_point<double>(m, "PointFloat64");
-  m.def("draw", &draw, Release(), "Writes K probes of P entries.");
   m.def("device_problem", &device_problem, "Why no device can be used, or an empty string.");
 #if defined(HVPFAST_EMULATE)
   m.def("fail_call", &fail_call);

@@ -6,8 +6,13 @@ from typing import Protocol
 class Where:
     def __init__(self, device: int, stream: int, workspace: int, bytes: int) -> None: ...
 
+class Probes:
+    def __init__(self, distribution: str, seed: int, first: int) -> None: ...
+
 class Point:
-    def num_bytes(self, operation: str, K: int, ggn: bool, /) -> tuple[int, int]: ...
+    def num_bytes(
+        self, operation: str, K: int, ggn: bool, probes: Probes | None = None
+    ) -> tuple[int, int]: ...
     def matrix_products(self) -> str: ...
     def linearize(
         self, residuals: int, residual_bytes: int, scalars: int, where: Where, /
@@ -19,12 +24,12 @@ class Point:
         self, tangents: int, cotangents: int, K: int, ggn: bool, out: int, where: Where, /
     ) -> None: ...
     def penalty(
-        self, tangents: int, K: int, ggn: bool, value: int, kept: int, kept_bytes: int,
-        where: Where, /,
+        self, tangents: int, probes: Probes | None, K: int, ggn: bool, value: int, kept: int,
+        kept_bytes: int, where: Where, /,
     ) -> None: ...  # fmt: skip
     def penalty_gradient(
-        self, tangents: int, K: int, ggn: bool, g_loss: float, g_penalty: float, out: int,
-        kept: int, kept_bytes: int, where: Where, /,
+        self, tangents: int, probes: Probes | None, K: int, ggn: bool, g_loss: float,
+        g_penalty: float, out: int, kept: int, kept_bytes: int, where: Where, /,
     ) -> None: ...  # fmt: skip
 
 class Plan:
@@ -49,6 +54,7 @@ class Plan:
     ) -> Point: ...  # fmt: skip
 
 _Where = Where
+_Probes = Probes
 _Plan = Plan
 
 class Engine(Protocol):
@@ -57,11 +63,8 @@ class Engine(Protocol):
     emulated: bool
     cuda_version: int
     Where: type[_Where]
+    Probes: type[_Probes]
     Plan: type[_Plan]
 
-    def draw(
-        self, distribution: str, seed: int, first: int, K: int, P: int, out: int,
-        double_precision: bool, where: _Where, /,
-    ) -> None: ...  # fmt: skip
     def device_problem(self) -> str: ...
     def matrix_products(self) -> str: ...

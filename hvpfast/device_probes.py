@@ -1,8 +1,8 @@
-"""Probes drawn on their device from a counter that lies there too: new ones at every replay.
+"""Probes drawn on a GPU, bit for bit those of ``probes.py``.
 
-The numbers are those of ``probes.py``, bit for bit. Where Triton's kernels run they draw them, in
-one launch; elsewhere torch operations do: integers in int64, everything after them in float32, one
-rounding per operation. Both can be recorded in a CUDA graph.
+Where Triton's kernels run they draw them, in one launch. For a CUDA graph the number of the first
+probe lies on the device, so that every replay draws new ones; without Triton's kernels torch
+operations do that: integers in int64, everything after them in float32, one rounding each.
 """
 
 from __future__ import annotations
@@ -11,9 +11,37 @@ import torch
 from torch import Tensor
 
 from hvpfast.backends import triton
-from hvpfast.probes import COS_COEFFICIENTS, LOG_COEFFICIENTS, SIN_COEFFICIENTS
+from hvpfast.probes import COS_COEFFICIENTS, LOG_COEFFICIENTS, SIN_COEFFICIENTS, ProbeSource
 
 _MASK = 0xFFFFFFFF
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton's kernels draw on a device."""
+    return (
+        device.type == "cuda"
+        and triton.unavailable() is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def rows_of_models(
+    source: ProbeSource,
+    stride: int,
+    num_models: int,
+    num_params: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Rows (M, K, P): model m has the K probes of the seed from ``first + m stride`` on.
+
+    On a device where the kernels run; float32 and float64.
+    """
+    from hvpfast.backends.triton_kernels.probes import draw as draw_rows
+
+    rows = torch.empty(num_models, source.num_probes, num_params, dtype=dtype, device=device)
+    draw_rows(rows, source.distribution, source.seed, source.first, stride)
+    return rows
 
 
 def draw(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
@@ -25,16 +53,12 @@ def draw(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
         seed: in [0, 2**64).
         first: 0-dim int64 on the device of ``out``; first + K <= 2**32.
     """
-    if out.is_cuda and triton.unavailable() is None and _new_enough(out.device):
-        from hvpfast.backends.triton_kernels import counted
+    if kernels_run_on(out.device):
+        from hvpfast.backends.triton_kernels.probes import draw as draw_rows
 
-        counted.draw(out, distribution, seed, first)
+        draw_rows(out.unsqueeze(0), distribution, seed, first)
     else:
         draw_by_torch(out, distribution, seed, first)
-
-
-def _new_enough(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def draw_by_torch(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:

@@ -32,6 +32,7 @@ except ImportError:  # not built: NumPy draws the same bits, slowly
     _cpu = None  # type: ignore[assignment]
 
 DISTRIBUTIONS = ("rademacher", "normal")
+_KERNEL_DTYPES = (torch.float32, torch.float64)  # of the compiled generators
 
 _Words = npt.NDArray[np.uint32]
 _Floats = npt.NDArray[np.float32]
@@ -119,12 +120,15 @@ def probe_rows(
     """The probes of a source as rows (K, P).
 
     They are written to ``out`` where it is given: contiguous, with that dtype, on the CPU.
+    A GPU draws its own where Triton's kernels run there; otherwise they are copied to it.
     """
     if type(num_params) is not int or num_params < 0:
         raise ValueError(f"num_params must be an integer >= 0; got {num_params!r}")
     if not dtype.is_floating_point:
         raise TypeError(f"probes need a floating-point dtype; got {dtype}")
-    if _cpu is None or dtype not in (torch.float32, torch.float64) or num_params == 0:
+    if (there := _drawn_there(source, 0, 1, num_params, dtype, device)) is not None:
+        return there[0]
+    if _cpu is None or dtype not in _KERNEL_DTYPES or num_params == 0:
         rows = torch.from_numpy(numpy_rows(source, num_params)).to(device=device, dtype=dtype)
         return rows if out is None else out.copy_(rows)
     rows = torch.empty(source.num_probes, num_params, dtype=dtype) if out is None else out
@@ -143,11 +147,14 @@ def probes_of_models(
 ) -> Tensor:
     """Rows (M, K, P): model m has the K probes of the seed from ``first + m stride`` on.
 
-    They are written to ``out`` where it is given: contiguous, with that dtype, on the CPU.
+    They are written to ``out`` where it is given; they are drawn where :func:`probe_rows` draws.
     """
     firsts = [source.first + m * stride for m in range(num_models)]
     ProbeSource(source.num_probes, source.distribution, source.seed, firsts[-1])  # in range
-    if _cpu is None or dtype not in (torch.float32, torch.float64):
+    there = _drawn_there(source, stride, num_models, num_params, dtype, device)
+    if there is not None:
+        return there
+    if _cpu is None or dtype not in _KERNEL_DTYPES:
         sources = [replace(source, first=first) for first in firsts]
         drawn = torch.stack([probe_rows(s, num_params, dtype, device) for s in sources])
         return drawn if out is None else out.copy_(drawn)
@@ -155,6 +162,25 @@ def probes_of_models(
     rows = torch.empty(shape, dtype=dtype) if out is None else out
     _draw(source, stride, rows)
     return rows.to(device)
+
+
+def _drawn_there(
+    source: ProbeSource,
+    stride: int,
+    num_models: int,
+    num_params: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor | None:
+    """Rows (M, K, P) drawn by the GPU that they are for; None where it is none, or cannot."""
+    if device is None or torch.device(device).type != "cuda" or dtype not in _KERNEL_DTYPES:
+        return None
+    from hvpfast import device_probes
+
+    device = torch.device(device)
+    if not device_probes.kernels_run_on(device):
+        return None
+    return device_probes.rows_of_models(source, stride, num_models, num_params, dtype, device)
 
 
 def _draw(source: ProbeSource, stride: int, rows: Tensor) -> None:

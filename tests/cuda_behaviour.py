@@ -38,15 +38,27 @@ def nothing_fails() -> Iterator[None]:
 
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("P", [1, 5, 127, 128, 129, 1000])
-def test_probes_are_the_same_bits(distribution: str, dtype: torch.dtype, P: int) -> None:
-    source = ProbeSource(3, distribution, 0xFEDCBA9876543210, 7)
-    out = torch.empty(3, P, dtype=dtype, device=helpers.DEVICE)
-    ENGINE.draw(
-        distribution, source.seed, source.first, 3, P, out.data_ptr(), dtype == torch.float64,
-        ENGINE.Where(0, 0, 0, 0),
-    )  # fmt: skip
-    assert torch.equal(out.cpu(), probe_rows(source, P, dtype, torch.device("cpu")))
+@pytest.mark.parametrize(
+    "sizes", [(1, 1), (126, 1), (127, 1), (128, 1), (7, 9, 5), (300, 70, 5)], ids=str
+)
+def test_drawn_probes_are_the_same_bits(
+    distribution: str, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    """By the blocks that run a small network and by a kernel of their own, P = 2 to 21 425."""
+    M, K, seed, spec = 3, 2, 0xFEDCBA9876543210, hf.MLPSpec(sizes, "tanh", "mse")
+    g = torch.Generator().manual_seed(0)
+    data = [torch.randn(M, 9, d, generator=g, dtype=dtype) for d in (sizes[0], sizes[-1])]
+    params = torch.randn(M, spec.num_params, generator=g, dtype=dtype)
+    source = ProbeSource(K, distribution, seed, 7)
+    given = probe_rows(ProbeSource(M * K, distribution, seed, 7), spec.num_params, dtype)
+    state = cuda.linearize_models(spec, *(t.to(helpers.DEVICE) for t in (params, *data)), 3)
+    drawn, rows = (
+        state.penalty(probes, False) for probes in (source, given.view(M, K, -1).to(helpers.DEVICE))
+    )
+    in_blocks = distribution == "rademacher" and "inside one launch" in state.explain()[0]
+    assert (drawn._kept.nbytes < given.nbytes) == in_blocks  # nothing is kept of what they draw
+    assert torch.equal(drawn.penalty, rows.penalty)
+    assert torch.equal(drawn.gradient(0.5, 2.0), rows.gradient(0.5, 2.0))
 
 
 def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
@@ -218,8 +230,9 @@ def test_bad_addresses_are_refused() -> None:
         cuda.linearize(spec, params, x, y, 3).hvp(crooked[None], False)
     with pytest.raises(ValueError, match="params starts at an address"):
         cuda.linearize(spec, crooked, x, y, 3)
+    point = cuda.linearize(spec, params, x, y, 3)._models._point
     with pytest.raises(ValueError, match="stream belongs to CUDA device 1"):
-        ENGINE.draw("normal", 0, 0, 1, 3, params.data_ptr(), False, ENGINE.Where(0, 0x100, 0, 0))
+        point.gradient(params.data_ptr(), ENGINE.Where(0, 0x100, 0, 0))
 
 
 def test_bad_input_is_refused() -> None:

@@ -46,8 +46,9 @@ print(reasons["cpu"])
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a checkout holds, so that builds leave nothing in the working tree."""
     copy = tmp_path_factory.mktemp("sources")
+    built = shutil.ignore_patterns("*.so", "__pycache__")
     for name in ("csrc", "hvpfast", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+        shutil.copytree(ROOT / name, copy / name, ignore=built)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, copy)

@@ -211,3 +211,38 @@ def test_probes_of_models(distribution: str, dtype: torch.dtype) -> None:
     assert probes_of_models(source, 50, 4, 301, dtype, out=out) is out and torch.equal(out, rows)
     with pytest.raises(ValueError, match="below 2"):
         probes_of_models(source, 2**31, 4, 301, dtype)
+
+
+def test_a_gpu_draws_its_own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvpfast import device_probes
+
+    asked: list[tuple[object, ...]] = []
+
+    def drawn_there(*arguments: object) -> torch.Tensor:
+        asked.append(arguments)
+        return torch.zeros(3, 2, 5)
+
+    monkeypatch.setattr(device_probes, "kernels_run_on", lambda device: device.type == "cuda")
+    monkeypatch.setattr(device_probes, "rows_of_models", drawn_there)
+    source, gpu = ProbeSource(2, "normal", 3, 7), torch.device("cuda")
+    assert probe_rows(source, 5, torch.float32, "cuda").shape == (2, 5)
+    assert probes_of_models(source, 9, 3, 5, torch.float64, gpu).shape == (3, 2, 5)
+    probe_rows(source, 5, torch.float32, "cpu")
+    assert asked == [
+        (source, 0, 1, 5, torch.float32, gpu),
+        (source, 9, 3, 5, torch.float64, gpu),
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_probes_of_a_gpu_are_those_of_the_cpu(distribution: str, dtype: torch.dtype) -> None:
+    source = ProbeSource(3, distribution, 2**64 - 5, 11)
+    assert torch.equal(
+        probe_rows(source, 1001, dtype, "cuda").cpu(), probe_rows(source, 1001, dtype)
+    )
+    assert torch.equal(
+        probes_of_models(source, 50, 4, 301, dtype, "cuda").cpu(),
+        probes_of_models(source, 50, 4, 301, dtype),
+    )

@@ -113,14 +113,17 @@ def test_activations_far_out(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("seed", "first"), [(0xFEDCBA9876543210, 7), (1, 2**32 - 4), (16, 0)])
 def test_probes_are_bit_equal(distribution: str, dtype: torch.dtype, seed: int, first: int) -> None:
-    from hvpfast.backends.triton_kernels.penalty import draw
+    """Of two models, also with a probe in common; numbered by the host or on the device."""
+    from hvpfast.backends.triton_kernels.probes import draw
 
-    source = ProbeSource(2, distribution, seed, first)
-    like = torch.empty(0, dtype=dtype, device=DEVICE)
-    for P in (1, 1037):
-        drawn = draw(source, 2, P, like)
-        expected = numpy_rows(ProbeSource(4, distribution, seed, first), P)
-        assert torch.equal(drawn.cpu().view(4, P), torch.from_numpy(expected).to(dtype))
+    counter = torch.tensor(first, device=DEVICE)
+    for P, stride, start in ((1, None, first), (1037, None, counter), (300, 1, first)):
+        drawn = torch.empty(2, 2, P, dtype=dtype, device=DEVICE)
+        draw(drawn, distribution, seed, start, stride)
+        apart = 2 if stride is None else stride
+        for m in range(2):
+            expected = numpy_rows(ProbeSource(2, distribution, seed, first + m * apart), P)
+            assert torch.equal(drawn[m].cpu(), torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.parametrize(("loss", "shared"), [("cross_entropy", False), ("mse", True)])

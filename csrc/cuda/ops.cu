@@ -290,22 +290,44 @@ struct MeanOverTangents {
   }
 };
 
+// Tangents as rows: those given, or memory that the penalty keeps; `draw` writes the probes there.
 template <class T>
-void Linearization<T>::penalty(Call& call, const T* tangents, int64_t K, Curvature curvature,
-                               double* value) const {
+const T* Linearization<T>::kept_rows(Call& call, const Tangents<T>& tangents, int64_t K,
+                                     bool draw) const {
+  if (!tangents.probes) return tangents.rows;
+  T* rows = call.kept->template take<T>(points_.M * K * layout_.P);
+  if (draw && !call.counting()) draw_probes(call, *tangents.probes, points_.M * K, layout_.P, rows);
+  return rows;
+}
+
+// Of a small network: its blocks draw signs themselves.
+template <class T>
+SmallTask<T> Linearization<T>::penalty_task(Call& call, const Tangents<T>& tangents, int64_t K,
+                                            bool hessian, bool draw) const {
+  const Probes* probes = tangents.probes;
+  const bool signs = probes && probes->distribution == Distribution::kRademacher;
+  SmallTask<T> t = task(signs ? nullptr : kept_rows(call, tangents, K, draw), K, hessian);
+  if (signs) t.signs = {true, probes->seed, probes->first};
+  return t;
+}
+
+template <class T>
+void Linearization<T>::penalty(Call& call, const Tangents<T>& tangents, int64_t K,
+                               Curvature curvature, double* value) const {
   const bool hessian = curvature == Curvature::kHessian, gram = gram_pays();
-  if (small_penalty(call, K)) {  // nothing is kept: the gradient repeats the products
-    SmallTask<T> t = task(tangents, K, hessian);
+  if (small_penalty(call, K)) {  // no product is kept: the gradient repeats them
+    SmallTask<T> t = penalty_task(call, tangents, K, hessian, true);
     t.groups = groups(call, K);
     t.numbers = call.workspace.take<double>(points_.M * K);
     run_small(call, SmallOp::kSquares, t, points_.M);
     return Grid<T>(call, points_.M).models(MeanOverTangents{t.numbers, int(K), value});
   }
+  const T* v = kept_rows(call, tangents, K, true);
   const Kept k = kept(*call.kept, K);
   const int64_t N = points_.N, P = layout_.P, first = gram ? layout_.weight[2] : 0;
   Grid<T> run(call, points_.M);
   run.begin_sums(gram ? 2 : 1, int(K));
-  tangent_passes(run, net_, blocks(tangents, K), k.v, hessian, Stack<T>{}, T(1));
+  tangent_passes(run, net_, blocks(v, K), k.v, hessian, Stack<T>{}, T(1));
   hvp_products(run, net_, k.v, blocks(k.u, K), hessian, gram ? 2 : 1);
   const Stack<T> u{k.u + first, P - first, K * P, P};
   run.sum(1, int(P - first), int(K), Dot<T>{u, u, 1.0});
@@ -333,24 +355,24 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void Linearization<T>::penalty_gradient(Call& call, const T* tangents, int64_t K,
+void Linearization<T>::penalty_gradient(Call& call, const Tangents<T>& tangents, int64_t K,
                                         Curvature curvature, double g_loss, double g_penalty,
                                         T* out) const {
   // The cotangents are scaled, not the result: the loss gradient joins the same sums.
   const T scale = T(2.0 * g_penalty / double(K));
   if (small_penalty(call, K)) {
-    SmallTask<T> t = task(tangents, K, curvature == Curvature::kHessian);
+    SmallTask<T> t = penalty_task(call, tangents, K, curvature == Curvature::kHessian, false);
     t.g_loss = T(g_loss), t.scale = scale;
     return small_third_order(call, SmallOp::kPenaltyGradient, t, K, out);
   }
+  const T* v = kept_rows(call, tangents, K, false);
   const Kept k = kept(*call.kept, K);
   const int64_t size = points_.M * K * layout_.P;
   T* u = call.workspace.take<T>(size);
   if (!call.counting())
     launch("a scaling", scale_kernel<T>, (size + kThreads - 1) / kThreads, kThreads, 0, call.stream,
            k.u, scale, size, u);
-  third_order(call, tangents, k.v, u, k.z_dot_u1, scale, T(g_loss),
-              curvature == Curvature::kHessian, out);
+  third_order(call, v, k.v, u, k.z_dot_u1, scale, T(g_loss), curvature == Curvature::kHessian, out);
 }
 
 template class Linearization<float>;

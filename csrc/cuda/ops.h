@@ -30,6 +30,13 @@ struct Points {
   bool third_order;
 };
 
+// Tangents (M, K, P) of a penalty: rows in memory or, where those are null, probes to be drawn.
+template <class T>
+struct Tangents {
+  const T* rows = nullptr;
+  const Probes* probes = nullptr;
+};
+
 template <class T>
 class Linearization {
  public:
@@ -50,9 +57,10 @@ class Linearization {
   void hvp_vjp(Call& call, const T* tangents, const T* cotangents, int64_t K, Curvature curvature,
                T* out) const;
   // value (M) = mean_k ||H v_k||^2; call.kept is what penalty_gradient needs
-  void penalty(Call& call, const T* tangents, int64_t K, Curvature curvature, double* value) const;
+  void penalty(Call& call, const Tangents<T>& tangents, int64_t K, Curvature curvature,
+               double* value) const;
   // out (M, P) = g_loss dL/dparams + g_penalty d value/dparams, with the same kept memory
-  void penalty_gradient(Call& call, const T* tangents, int64_t K, Curvature curvature,
+  void penalty_gradient(Call& call, const Tangents<T>& tangents, int64_t K, Curvature curvature,
                         double g_loss, double g_penalty, T* out) const;
 
  private:
@@ -73,6 +81,9 @@ class Linearization {
   bool small_penalty(const Call& call, int64_t K) const {
     return small(call, K, {SmallOp::kSquares, SmallOp::kPenaltyGradient});
   }
+  const T* kept_rows(Call& call, const Tangents<T>& tangents, int64_t K, bool draw) const;
+  SmallTask<T> penalty_task(Call& call, const Tangents<T>& tangents, int64_t K, bool hessian,
+                            bool draw) const;
   int groups(const Call& call, int64_t K) const;
   void small_third_order(Call& call, SmallOp op, SmallTask<T>& t, int64_t K, T* out) const;
   void third_order(Call& call, const T* tangents, const HostStreams& v, const T* cotangents,
@@ -85,7 +96,7 @@ class Linearization {
   HostNet net_;
 };
 
-// out (K, P): K probes (csrc/probes.h)
+// out (K, P): K probes (csrc/probes.h), by a kernel of their own
 template <class T>
 void draw_probes(Call& call, const Probes& probes, int64_t K, int64_t P, T* out);
 

@@ -1,4 +1,5 @@
 // Small networks (small.h): the passes of passes.h by one block of threads.
+#include "../probes.h"  // integers only: normal probes need another compilation (draw.cu)
 #include "block.h"
 #include "small.h"
 
@@ -26,6 +27,7 @@ struct Local {
   Streams<T, SmallLayers> v_dot, u_dot;
   Mixed<T, SmallLayers> mixed;
   SmallLayers<Stack<T>> product;  // V_l a_dot_{l-1}
+  uint32_t* bits;                 // of drawn signs, as Philox gives them
 };
 
 // A matrix in shared memory. Rows are an odd number of entries apart: neighbouring threads that
@@ -34,6 +36,15 @@ template <class T>
 __host__ __device__ Stack<T> matrix(Shared& shared, int rows, int cols) {
   const int ld = cols | 1;
   return {shared.take<T>(size_t(rows) * ld), ld, 0, 0};
+}
+
+constexpr int kSignsPerBlock = 128;  // of one counter of Philox
+
+template <class T>
+__host__ __device__ int num_params(const Net<T, SmallLayers>& net) {
+  int P = 0;
+  for (int l = 1; l <= net.L; ++l) P += net.D[l] * (net.D[l - 1] + (net.params.b[l] ? 1 : 0));
+  return P;
 }
 
 template <class T>
@@ -91,6 +102,9 @@ __host__ __device__ void place(Shared& shared, SmallOp op, const SmallTask<T>& t
   copy_of(net.p, N, from.D[L]);
   copy_of(net.weight, N, 1);
 
+  if (op == SmallOp::kSquares || op == SmallOp::kPenaltyGradient)
+    local.bits = shared.take<uint32_t>(
+        size_t((num_params(from) + kSignsPerBlock - 1) / kSignsPerBlock) * (kSignsPerBlock / 32));
   place_blocks(shared, from, local.v);
   place_streams(shared, from, smooth, op != SmallOp::kQuadratic, third, local.v_dot);
   if (third || op == SmallOp::kSquares) place_blocks(shared, from, local.u);
@@ -121,6 +135,33 @@ __device__ void copy_blocks(const Net<T, SmallLayers>& net, const Blocks<T, Smal
   for (int l = 1; l <= net.L; ++l) {
     copy(to.W[l], from.W[l], m, k, net.D[l], net.D[l - 1]);
     copy(to.b[l], from.b[l], m, k, 1, net.D[l]);
+  }
+}
+
+// Probe `number` of the signs: entry i, counted through W_1, b_1, W_2, ..., is +1 where bit i of
+// the words is clear.
+template <class T>
+__device__ void draw_signs(const Net<T, SmallLayers>& net, const Signs& signs, uint32_t number,
+                           uint32_t* bits, const Blocks<T, SmallLayers>& to) {
+  const int blocks = (num_params(net) + kSignsPerBlock - 1) / kSignsPerBlock;
+  for (int block = int(threadIdx.x); block < blocks; block += kThreads) {
+    uint32_t word[4][1];
+    philox(signs.seed, uint64_t(block), number, Stream::kRademacher, word);
+    for (int w = 0; w < 4; ++w) bits[4 * block + w] = word[w][0];
+  }
+  __syncthreads();
+  int first = 0;
+  const auto fill = [&](const Stack<T>& x, int rows, int cols) {
+    if (!x) return;
+    for (int entry = int(threadIdx.x); entry < rows * cols; entry += kThreads) {
+      const int i = first + entry;
+      x(0, 0, entry / cols, entry % cols) = T(1 - 2 * int((bits[i / 32] >> (i % 32)) & 1));
+    }
+    first += rows * cols;
+  };
+  for (int l = 1; l <= net.L; ++l) {
+    fill(to.W[l], net.D[l], net.D[l - 1]);
+    fill(to.b[l], 1, net.D[l]);
   }
 }
 
@@ -183,7 +224,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, op>)
   copy_net(local.net, task.net, run.m);
   for (int k = group; k < task.K; k += task.groups) {
     run.k = k, run.total = 0;
-    copy_blocks(local.net, local.v, task.tangents, run.m, k);
+    constexpr bool draws = op == SmallOp::kSquares || op == SmallOp::kPenaltyGradient;
+    if (draws && task.signs.drawn) {
+      const uint32_t number = task.signs.first + uint32_t(run.m * task.K + k);
+      draw_signs(local.net, task.signs, number, local.bits, local.v);
+    } else {
+      copy_blocks(local.net, local.v, task.tangents, run.m, k);
+    }
     if constexpr (op == SmallOp::kVjp) copy_blocks(local.net, local.u, task.cotangents, run.m, k);
     __syncthreads();
     const Stack<T> none{};

@@ -8,11 +8,19 @@ namespace hvpfast::cuda {
 
 enum class SmallOp { kPrimal, kGradient, kHvp, kQuadratic, kSquares, kVjp, kPenaltyGradient };
 
+// Rademacher tangents that the blocks draw themselves (csrc/probes.h): number first + m K + k.
+struct Signs {
+  bool drawn = false;
+  uint64_t seed = 0;
+  uint32_t first = 0;
+};
+
 // One operation on M models. Arrays are on the device, tangents and cotangents (M, K, P).
 template <class T>
 struct SmallTask {
   Net<T, SmallLayers> net;
   Blocks<T, SmallLayers> tangents, cotangents;
+  Signs signs;                 // in place of tangents, of kSquares and kPenaltyGradient
   Blocks<T, SmallLayers> out;  // (M, P), (M, K, P), or the groups' parts of a sum (M, groups, P)
   int K, groups;
   bool hessian;

@@ -60,8 +60,11 @@ def _loaded() -> _cuda.Engine:
 @functools.lru_cache(maxsize=256)
 def _sizes(
     spec: MLPSpec, dtype: torch.dtype, device: torch.device, M: int, N: int, order: int
-) -> dict[tuple[str, int, bool], tuple[int, int]]:
-    """(workspace, kept) bytes by (operation, K, ggn), of all points of these shapes."""
+) -> dict[tuple[str, int, bool, str | None], tuple[int, int]]:
+    """(workspace, kept) bytes of all points of these shapes.
+
+    By (operation, K, ggn, distribution of the probes that the engine draws).
+    """
     return {}
 
 
@@ -192,42 +195,31 @@ class CudaModelsState:
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CudaModelsPenalty:
         """(1/K) sum_k ||H v_k||^2 for probes (M, K, P) or their source, K >= 1."""
-        if isinstance(probes, ProbeSource):
-            probes = self._draw(probes)
         return CudaModelsPenalty(self, probes, ggn)
-
-    def _draw(self, source: ProbeSource) -> Tensor:
-        K, P = source.num_probes, self._spec.num_params
-        out = self._empty(K, P)
-        where = self._where(torch.empty(0, dtype=torch.uint8, device=self._device))
-        double = self._dtype is torch.float64
-        _loaded().draw(
-            source.distribution,
-            source.seed,
-            source.first,
-            self._M * K,
-            P,
-            out.data_ptr(),
-            double,
-            where,
-        )
-        return out
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(self._M, *shape, dtype=self._dtype, device=self._device)
 
     def _memory(
-        self, operation: str, K: int = 1, ggn: bool = False, keep: bool = True
+        self,
+        operation: str,
+        K: int = 1,
+        ggn: bool = False,
+        source: ProbeSource | None = None,
+        keep: bool = True,
     ) -> tuple[_cuda.Where, Tensor, Tensor]:
         """Where an operation runs, its workspace, and the memory that its result keeps.
+
+        ``source``: of the probes that a penalty draws.
 
         The caller holds the workspace until the work is queued: the caching allocator gives its
         memory to later work of the same stream only.
         """
-        sizes = self._sizes.get((operation, K, ggn))
+        key = operation, K, ggn, None if source is None else source.distribution
+        sizes = self._sizes.get(key)
         if sizes is None:
-            sizes = self._point.num_bytes(operation, K, ggn)
-            self._sizes[operation, K, ggn] = sizes
+            sizes = self._point.num_bytes(operation, K, ggn, _probes(source))
+            self._sizes[key] = sizes
         workspace_bytes, kept_bytes = sizes
         kept_bytes = kept_bytes if keep else 0
         try:
@@ -236,7 +228,7 @@ class CudaModelsState:
                 for size in (workspace_bytes, kept_bytes)
             )
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            self._out_of_memory(operation, K, ggn, workspace_bytes + kept_bytes, error)
+            self._out_of_memory(operation, K, ggn, source, workspace_bytes + kept_bytes, error)
         return self._where(workspace), workspace, kept
 
     def _where(self, workspace: Tensor) -> _cuda.Where:
@@ -248,13 +240,20 @@ class CudaModelsState:
         )
 
     def _out_of_memory(
-        self, operation: str, K: int, ggn: bool, size: int, error: Exception
+        self,
+        operation: str,
+        K: int,
+        ggn: bool,
+        source: ProbeSource | None,
+        size: int,
+        error: Exception,
     ) -> NoReturn:
         """Raise MemoryError with what the operation takes and what would fit."""
         free = available_bytes(self._device)
         text = f"{operation} takes {bytes_text(size)} of {self._device} memory"
         if operation != "linearize" and K > 1:
-            one, two = (sum(self._point.num_bytes(operation, k, ggn)) for k in (1, 2))
+            drawn = _probes(source)
+            one, two = (sum(self._point.num_bytes(operation, k, ggn, drawn)) for k in (1, 2))
             fits = max(0, 1 + (free - one) // max(1, two - one)) if free >= one else 0
             text += f" for K = {K} tangents of {self._M} model(s); {bytes_text(free)} are free"
             text += f", enough for K = {fits}: take fewer at once"
@@ -264,23 +263,44 @@ class CudaModelsState:
         raise MemoryError(text) from error
 
 
-class CudaModelsPenalty:
-    """The penalties of M models, for their gradients."""
+def _probes(source: ProbeSource | None) -> _cuda.Probes | None:
+    if source is None:
+        return None
+    return _loaded().Probes(source.distribution, source.seed, source.first)
 
-    def __init__(self, state: CudaModelsState, probes: Tensor, ggn: bool) -> None:
-        self._state, self._probes, self._ggn = state, probes, ggn
-        K = probes.shape[1]
-        where, _workspace, self._kept = state._memory("penalty", K, ggn)
-        self.values = torch.empty(len(probes), dtype=torch.float64, device=probes.device)
+
+class CudaModelsPenalty:
+    """The penalties of M models, for their gradients.
+
+    Probes of a source are drawn by the engine: signs by the blocks that run a small network, all
+    others by a kernel of their own.
+    """
+
+    def __init__(self, state: CudaModelsState, tangents: Tensor | ProbeSource, ggn: bool) -> None:
+        self._state, self._ggn = state, ggn
+        self._tangents: Tensor | None = None
+        self._source: ProbeSource | None = None
+        if isinstance(tangents, ProbeSource):
+            self._source, self._K = tangents, tangents.num_probes
+        else:
+            self._tangents, self._K = tangents, tangents.shape[1]
+        where, _workspace, self._kept = state._memory("penalty", self._K, ggn, self._source)
+        self.values = torch.empty(state._M, dtype=torch.float64, device=state._device)
         state._point.penalty(
-            probes.data_ptr(),
-            K,
+            *self._given(),
+            self._K,
             ggn,
             self.values.data_ptr(),
             self._kept.data_ptr(),
             self._kept.nbytes,
             where,
         )
+
+    def _given(self) -> tuple[int, _cuda.Probes | None]:
+        """The address of the tangents, or their source."""
+        if self._tangents is not None:
+            return self._tangents.data_ptr(), None
+        return 0, _probes(self._source)
 
     @property
     def loss(self) -> Tensor:
@@ -290,15 +310,17 @@ class CudaModelsPenalty:
     @property
     def penalty(self) -> Tensor:
         """The penalties, (M,)."""
-        return self.values.to(self._probes.dtype, copy=True)
+        return self.values.to(self._state._dtype, copy=True)
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
         """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
-        state, K = self._state, self._probes.shape[1]
-        out = state._empty(self._probes.shape[2])
-        where, _workspace, _ = state._memory("penalty_gradient", K, self._ggn, keep=False)
+        state, K = self._state, self._K
+        out = state._empty(state._spec.num_params)
+        where, _workspace, _ = state._memory(
+            "penalty_gradient", K, self._ggn, self._source, keep=False
+        )
         state._point.penalty_gradient(
-            self._probes.data_ptr(),
+            *self._given(),
             K,
             self._ggn,
             g_loss,

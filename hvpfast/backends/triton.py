@@ -146,10 +146,12 @@ class TritonModelsState:
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
         """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
-        from hvpfast.backends.triton_kernels.penalty import Penalty, draw
+        from hvpfast.backends.triton_kernels.penalty import Penalty
+        from hvpfast.backends.triton_kernels.probes import draw
 
         if isinstance(probes, ProbeSource):
-            probes = draw(probes, self._lin.M, self._lin.P, self._lin.like)
+            source, probes = probes, self._lin.empty(self._lin.M, probes.num_probes, self._lin.P)
+            draw(probes, source.distribution, source.seed, source.first)
         return TritonModelsPenalty(self._lin, Penalty(self._lin, probes, ggn))
 
 

@@ -167,4 +167,5 @@ def check_same(path: Path, what: str, stored: Mapping[str, Any], now: Mapping[st
 
 def command_line() -> str:
     """The command as typed, without folders of this machine."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return " ".join(["hvpfast" if program == "__main__.py" else program, *sys.argv[1:]])

@@ -23,10 +23,10 @@ from triton.compiler import ASTSource
 from hvpfast.backends.triton_kernels.activations import JETS
 from hvpfast.backends.triton_kernels.launch import Launch, recording
 from hvpfast.backends.triton_kernels.linearization import Linearization
-from hvpfast.backends.triton_kernels.penalty import Penalty, draw
+from hvpfast.backends.triton_kernels.penalty import Penalty
+from hvpfast.backends.triton_kernels.probes import draw
 from hvpfast.backends.triton_kernels.tangents import hvp, quadratic
 from hvpfast.backends.triton_kernels.third_order import hvp_vjp
-from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
 
 CAPABILITIES = (80, 90)
@@ -95,7 +95,8 @@ def launches(problem: Problem, dtype: torch.dtype) -> list[Launch]:
             hvp_vjp(lin, tangents, tangents, ggn)
             Penalty(lin, tangents, ggn).gradient(1.0, 1.0)
         for distribution in ("rademacher", "normal"):
-            draw(ProbeSource(K, distribution, 0), M, spec.num_params, tangents)
+            draw(tangents, distribution, 0, 0)
+            draw(tangents, distribution, 0, torch.empty((), dtype=torch.int64, device="meta"))
     return recorded
 
 

@@ -9,19 +9,16 @@ of u = H v is never formed: G = z_bar_dot_1 gives u_1 = [X 1]' G, and
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from hvpfast.backends.triton_kernels import gemm
 from hvpfast.backends.triton_kernels.launch import launch
 from hvpfast.backends.triton_kernels.linearization import Linearization, constants
 from hvpfast.backends.triton_kernels.network import Rows, given
-from hvpfast.backends.triton_kernels.probes import BLOCKS, draw_normal, draw_rademacher
 from hvpfast.backends.triton_kernels.products import gram_layer
 from hvpfast.backends.triton_kernels.tangents import Streams, products, r_backward, r_forward
 from hvpfast.backends.triton_kernels.third_order import third_order
 from hvpfast.backends.triton_kernels.tiles import num_tiles
-from hvpfast.probes import ProbeSource
 
 MOST_GRAM_SAMPLES = 256
 LEAST_GRAM_WEIGHTS = 16384  # of the first layer, from which Gamma is worth its launches
@@ -90,23 +87,3 @@ def _first_layer(lin: Linearization, s: Streams) -> tuple[Tensor, Tensor]:
         N, d, K, 0 if len(x) == 1 else N * N, **constants(tile),
     )  # fmt: skip
     return out, norms.sum(2)
-
-
-def draw(source: ProbeSource, M: int, P: int, like: Tensor) -> Tensor:
-    """The probes of M models (M, K, P): model m has those from first + m K on."""
-    K = source.num_probes
-    out = torch.empty(M, K, P, dtype=like.dtype, device=like.device)
-    rademacher = source.distribution == "rademacher"
-    kernel, per_block = (draw_rademacher, 128) if rademacher else (draw_normal, 4)
-    launch(
-        kernel, M * K * triton.cdiv(P, per_block * BLOCKS), out, P,
-        _signed(source.seed), _signed(source.seed >> 32), _signed(source.first),
-        BLOCKS=BLOCKS, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
-
-
-def _signed(word: int) -> int:
-    """The low 32 bits as the signed number with the same bits."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word

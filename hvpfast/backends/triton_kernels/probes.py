@@ -1,14 +1,56 @@
 """Probes drawn on the device: the bits of csrc/probes.h, whatever the grid.
 
 Compiled without contraction of products and sums, so that normal draws are bit-equal everywhere.
+They are written once by a kernel of their own, not made anew in the products' tiles: an entry of V
+is used in several tiles and passes, where reading it again takes a quarter of an instruction, and
+its share of a Philox block some twenty.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from hvpfast.backends.triton_kernels.launch import launch
 
 BLOCKS = 32  # counters of one program
+_NUMBERS = ["first", "K", "stride", "seed_low", "seed_high"]
+
+
+def draw(
+    out: Tensor, distribution: str, seed: int, first: int | Tensor, stride: int | None = None
+) -> None:
+    """Write rows (M, K, P), contiguous: probe k of model m is first + m stride + k of the seed.
+
+    ``first`` is a number, or 0-dim int64 on the device, for a recorded CUDA graph to read anew at
+    every replay. ``stride`` None: K, the models' probes one model after the other.
+    """
+    M, K, P = out.shape
+    kernel, per_block = {"rademacher": (draw_rademacher, 128), "normal": (draw_normal, 4)}[
+        distribution
+    ]
+    counter, first = (first, 0) if isinstance(first, Tensor) else (None, first)
+    launch(
+        kernel, M * K * triton.cdiv(P, per_block * BLOCKS),
+        out, counter, P, _signed(first), K, _signed(K if stride is None else stride),
+        _signed(seed), _signed(seed >> 32), BLOCKS=BLOCKS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits as the signed number with the same bits."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
+
+
+@triton.jit
+def _number(row, counter, first, K, stride):
+    """The number of the probe in a row of all models', modulo 2^32."""
+    number = row // K * stride + row % K + first
+    if counter is not None:
+        number += tl.load(counter)
+    return number
 
 
 @triton.jit
@@ -23,13 +65,15 @@ def _words(block, probe, stream: tl.constexpr, seed_low, seed_high):
     )
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first"])
-def draw_rademacher(out, P, seed_low, seed_high, first, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=_NUMBERS)
+def draw_rademacher(
+    out, counter, P, first, K, stride, seed_low, seed_high, BLOCKS: tl.constexpr
+):  # fmt: skip
     """Rows of out (M K, P): entry i is bit i % 128 of block i / 128, +1 if clear, -1 if set."""
     programs = tl.cdiv(P, 128 * BLOCKS)
     k = (tl.program_id(0) // programs).to(tl.int64)
     block = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    words = _words(block, first + k, 0, seed_low, seed_high)
+    words = _words(block, _number(k, counter, first, K, stride), 0, seed_low, seed_high)
     bit = tl.arange(0, 32)
     for w in tl.static_range(4):
         i = block[:, None] * 128 + 32 * w + bit[None, :]
@@ -83,13 +127,16 @@ def _normal_pair(w0, w1):
     return r * cosine, r * sine
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first"])
-def draw_normal(out, P, seed_low, seed_high, first, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=_NUMBERS)
+def draw_normal(
+    out, counter, P, first, K, stride, seed_low, seed_high, BLOCKS: tl.constexpr
+):  # fmt: skip
     """Rows of out (M K, P): block b has entries 4 b to 4 b + 3, pairs of words 0, 1 and 2, 3."""
     programs = tl.cdiv(P, 4 * BLOCKS)
     k = (tl.program_id(0) // programs).to(tl.int64)
     block = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    w0, w1, w2, w3 = _words(block, first + k, 1, seed_low, seed_high)
+    number = _number(k, counter, first, K, stride)
+    w0, w1, w2, w3 = _words(block, number, 1, seed_low, seed_high)
     v0, v1 = _normal_pair(w0, w1)
     v2, v3 = _normal_pair(w2, w3)
     i = block * 4
