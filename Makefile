@@ -61,7 +61,8 @@ sanitize: $(TEST)/installed
 	build/sanitize/sanitize
 
 # A file's tests stay on one worker: they share what they build. In order: some long ones come early.
-PYTEST_ARGS ?= --numprocesses auto --dist loadfile --no-loadscope-reorder
+# A worker takes about 1 GB.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 pytest: $(TEST)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
