@@ -2,8 +2,8 @@
 
 Compiled without contraction of products and sums, so that normal draws are bit-equal everywhere.
 They are written once by a kernel of their own, not made anew in the products' tiles: an entry of V
-is used in several tiles and passes, where reading it again takes a quarter of an instruction, and
-its share of a Philox block some twenty.
+is used in several tiles and passes. Reading it again takes a quarter of an instruction; its share
+of the Philox blocks that a tile's rows touch, and its transformation, take ten to forty.
 """
 
 from __future__ import annotations
