@@ -15,6 +15,7 @@ import torch
 from hvpfast import backends
 from hvpfast.backends import cuda_models
 
+SOURCES = ("hvpfast", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml")  # in a checkout
 PACKAGES = (
     "hvpfast",
     "torch",
@@ -59,7 +60,10 @@ def version(package: str) -> str | None:
 
 
 def source() -> dict[str, Any] | None:
-    """Return commit and dirty flag of the git checkout the package runs from; None elsewhere."""
+    """Return the commit of the git checkout the package runs from; None elsewhere.
+
+    ``dirty``: whether the sources differ from it; results that lie in the checkout do not count.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -72,7 +76,7 @@ def source() -> dict[str, Any] | None:
                 check=True,
                 timeout=10,
             ).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *SOURCES])
         )
     except (OSError, subprocess.SubprocessError):
         return None

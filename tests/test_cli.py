@@ -359,6 +359,24 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "threads" in text
 
 
+def test_results_in_a_checkout_are_no_change_of_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "hvpfast" / "info.py"
+    module.parent.mkdir()
+    module.write_text("1\n")
+    monkeypatch.setattr(info, "__file__", str(module))
+    assert info.source() is None
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init"], ["add", "."], [*author, "commit", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True, capture_output=True)
+    (tmp_path / "bench.json").write_text("{}")
+    found = info.source()
+    assert found is not None and len(found["commit"]) == 40 and not found["dirty"]
+    module.write_text("2\n")
+    assert info.source() == {"commit": found["commit"], "dirty": True}
+
+
 def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hvpfast._cpu", None)
     facts = info.collect()

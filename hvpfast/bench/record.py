@@ -18,6 +18,7 @@ import torch
 
 import hvpfast
 from hvpfast.files import write_whole
+from hvpfast.info import source
 
 PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
 VARIABLES = (
@@ -56,7 +57,7 @@ def environment() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "gpu": gpu(),
         "backends": hvpfast.available(),
-        "commit": _commit(),
+        "commit": source(),
     }
 
 
@@ -117,24 +118,6 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> dict[str, Any] | None:
-    """Commit and whether the tree differs from it, when the package lies in a git checkout."""
-    root = Path(hvpfast.__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        if not (root / ".git").exists():
-            return None
-        return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
         return None
 
 
