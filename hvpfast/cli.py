@@ -79,9 +79,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per study, its options made from its configuration."""
+    from hvpfast.info import usable_cores
     from hvpfast.studies import studies
     from hvpfast.studies.arguments import add_config_arguments
-    from hvpfast.studies.sharing import cores
 
     parser.set_defaults(run=None, parser=parser)
     commands = parser.add_subparsers(title="studies", metavar="STUDY")
@@ -97,7 +97,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         text = "no progress bar and no line per finished cell"
         group.add_argument("--quiet", action="store_true", help=text)
         text = "processes that share a long run (default: the cores); no result depends on them"
-        group.add_argument("--workers", type=int, default=cores(), metavar="N", help=text)
+        group.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help=text)
         group = one.add_argument_group("what the study does (defaults of the preset default)")
         add_config_arguments(group, study.presets["default"])
         one.set_defaults(run=run_study, study=study)

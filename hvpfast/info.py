@@ -43,7 +43,7 @@ def collect() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
             "processor": processor(),
-            "cores": available_cores(),
+            "cores": usable_cores(),
             "memory GiB": memory_gib(),
         },
         "threads": torch.get_num_threads(),
@@ -118,9 +118,11 @@ def processor() -> str | None:
     return names[0] if names else platform.processor() or None
 
 
-def available_cores() -> int | None:
+def usable_cores() -> int:
     """Return the number of logical cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def memory_gib() -> float | None:

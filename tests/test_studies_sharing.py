@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from hvpfast import cli
+from hvpfast.info import usable_cores
 from hvpfast.studies import hessian_norm, progress, sharing
 from hvpfast.studies.folder import LOCK, RunFolder, StudyError
 from hvpfast.studies.progress import Orphaned, Progress
 from hvpfast.studies.run import Study, known_by_name, run
-from hvpfast.studies.sharing import Claims, Helpers, Team, cores, team
+from hvpfast.studies.sharing import Claims, Helpers, Team, team
 
 for package in ("mnist1d", "matplotlib"):
     pytest.importorskip(package)
@@ -218,7 +219,7 @@ def test_a_team_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(StudyError, match="must be integers; got x and 2"):
         team()
-    assert cores() >= 1
+    assert usable_cores() >= 1
 
 
 def test_ranks_of_torchrun_share_a_run(tmp_path: Path, alone: dict[str, bytes]) -> None:

@@ -101,7 +101,8 @@ def test_activations_far_out(activation: str, dtype: torch.dtype) -> None:
     value = ACTIVATION_TABLE[activation][0](at)
     (slope,) = torch.autograd.grad(value.sum(), at)
     eps = torch.finfo(dtype).eps
-    for actual, expected in ((state._lin.a[1], value), (state._lin.s1[1], slope)):
+    lin = state._models._lin
+    for actual, expected in ((lin.a[1], value), (lin.s1[1], slope)):
         assert actual is not None
         error = (actual[0].cpu().double() - expected.detach()).abs()
         assert (error <= 32 * eps * expected.abs().clamp(min=1)).all(), error

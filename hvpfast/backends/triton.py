@@ -71,7 +71,7 @@ def linearize(
     from hvpfast.backends.triton_kernels.linearization import Linearization
 
     rows = params.unsqueeze(0) if isinstance(params, Tensor) else params
-    return TritonState(Linearization(spec, rows, x, y, order), y)
+    return TritonState(TritonModelsState(Linearization(spec, rows, x, y, order), y))
 
 
 def linearize_models(
@@ -181,11 +181,7 @@ class TritonModelsPenalty:
 class TritonState(OneModel[TritonModelsState]):
     """One model at its point: the state of one of M = 1 models."""
 
-    __slots__ = ("_lin",)
-
-    def __init__(self, lin: Linearization, y: Tensor) -> None:
-        super().__init__(TritonModelsState(lin, y))
-        self._lin = lin
+    __slots__ = ()
 
     @property
     def loss_value(self) -> float:
@@ -199,7 +195,7 @@ class TritonState(OneModel[TritonModelsState]):
     @property
     def normalizer(self) -> float:
         """What the sum of losses was divided by; waits for the device."""
-        return float(self._lin.normalizers[0])
+        return float(self._models.normalizers[0])
 
     def _no_exact(self, kind: str) -> NotImplementedError:
         return NotImplementedError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ import torch
 
 import hvpfast
 from hvpfast.files import write_whole
-from hvpfast.info import source
+from hvpfast.info import source, usable_cores, version
 
 PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
 VARIABLES = (
@@ -49,7 +48,7 @@ def environment() -> dict[str, Any]:
         "cpu_affinity": usable_cores(),
         "memory_bytes": _memory(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "variables": {name: os.environ.get(name) for name in VARIABLES},
         "torch_threads": torch.get_num_threads(),
         "torch_interop_threads": torch.get_num_interop_threads(),
@@ -87,13 +86,6 @@ def gpu() -> dict[str, Any] | None:
     }
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _processor() -> tuple[str, list[str]]:
     model, flags = platform.processor(), list[str]()
     with contextlib.suppress(OSError):
@@ -111,13 +103,6 @@ def _memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvpfast.bench import record
 from hvpfast.bench.cases import (
     CASES,
     DEVICES,
@@ -18,6 +17,7 @@ from hvpfast.bench.cases import (
     Case,
 )
 from hvpfast.bench.providers import PROVIDERS
+from hvpfast.info import usable_cores
 
 __all__ = ["MIN_ROUNDS", "Settings"]
 
@@ -48,7 +48,7 @@ class Settings:
     operations: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
     rounds: int = 25
-    threads: int = field(default_factory=record.usable_cores)
+    threads: int = field(default_factory=usable_cores)
     dtype: str = "float32"
     memory: bool = False
     quick: bool = False

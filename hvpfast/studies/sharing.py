@@ -101,13 +101,6 @@ def team() -> Team:
     return found
 
 
-def cores() -> int:
-    """Return the number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Helpers:
     """Further processes for the run in a folder, started when there is work enough for them."""
 

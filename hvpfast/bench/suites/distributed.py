@@ -29,6 +29,7 @@ import hvpfast as hf
 from hvpfast.bench import record
 from hvpfast.bench.timing import Disturbance
 from hvpfast.distributed import shard
+from hvpfast.info import usable_cores
 
 DESCRIPTION = "Products over processes, each with a shard of the data, against one process."
 
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status: 1 when a rank failed or a result was wrong, else 0.
     """
-    threads = arguments.threads or record.usable_cores()
+    threads = arguments.threads or usable_cores()
     settings = {
         "threads": max(arguments.ranks, threads),
         "rounds": 2 if arguments.quick else arguments.rounds,

@@ -27,6 +27,7 @@ from hvpfast.bench import record, timing
 from hvpfast.bench.eigen_solvers import LOSS, SEED, TOL, Found, least_products, ours, solvers
 from hvpfast.bench.trained import Trained, digits, mnist1d, shifted_digits, synthetic, train
 from hvpfast.eigen import EigenResult, eigsh
+from hvpfast.info import usable_cores
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -219,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases", nargs="+", choices=CASES, default=[], metavar="CASE", help=f"of {known}"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=record.usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--quick", action="store_true", help="tiny nets, one round")
     parser.add_argument("--no-sweep", action="store_true", help="leave out the warm starts")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the record")

@@ -25,6 +25,7 @@ from hvpfast.bench.cases import CASES, PENALTY_WEIGHTS, QUICK_CASES, Case, Probl
 from hvpfast.bench.providers import PROVIDERS, transforms
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.jax_jit import mlp_loss
+from hvpfast.info import usable_cores
 
 DESCRIPTION = "Exact tr H^2 and its gradient against K probes and dense Hessians."
 CASE_NAMES = ("40-32-10", "784-128-128-10-n512", "3072-256-100")
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: all of {', '.join(CASE_NAMES)}")  # fmt: skip
     add("--probes", type=int, default=8, metavar="K", help="default: %(default)s")
     add("--rounds", type=int, default=25, help="default: %(default)s")
-    add("--threads", type=int, default=record.usable_cores(), help="default: the usable cores")
+    add("--threads", type=int, default=usable_cores(), help="default: the usable cores")
     add("--quick", action="store_true", help="a tiny case in seconds: does everything work?")
     add("--out", type=Path, metavar="DIR", help="folder for bench.json and bench.txt")
 

@@ -19,6 +19,7 @@ from hvpfast.bench.cases import CASES, DEVICES, QUICK_CASES, Case
 from hvpfast.bench.counts import minimal
 from hvpfast.bench.model_forms import Form, Models, forms, truth
 from hvpfast.bench.report import duration, limits_line, machine_line, table
+from hvpfast.info import usable_cores
 
 DESCRIPTION = "Many small models at once: products against vmap and batched matrix products."
 SCREEN = 1.5  # a form this many times slower than its provider's best is not timed further
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--probes", type=int, default=100, metavar="K", help="default: %(default)s")
     add("--device", choices=DEVICES, default="cpu", help="default: %(default)s")
     add("--rounds", type=int, default=15, help="default: %(default)s")
-    add("--threads", type=int, default=record.usable_cores(), help="default: the usable cores")
+    add("--threads", type=int, default=usable_cores(), help="default: the usable cores")
     add("--budget", type=float, default=30.0, metavar="SECONDS", help="of timing; rounds are cut")
     add("--deadline", type=float, metavar="SECONDS", help="start no further form after this long")
     add("--quick", action="store_true", help="three tiny models: does everything work?")
