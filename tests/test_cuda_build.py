@@ -16,19 +16,19 @@ from hvpfast.bench import cuda_kernels
 from hvpfast.bench.cuda_kernels import ARCHITECTURES, KernelFigures, figures
 
 LOG = """
-ptxas info    : Compiling entry function 'kernel<float>(int)' for 'sm_90'
-ptxas info    : Function properties for kernel<float>(int)
+ptxas info    : Compiling entry function 'void hvpfast::cuda::(anonymous namespace)::kernel<float, (hvpfast::cuda::Form)1>(int, f<(int)0>(*)(int))' for 'sm_90'
+ptxas info    : Function properties for void hvpfast::cuda::(anonymous namespace)::kernel<float, (hvpfast::cuda::Form)1>(int, f<(int)0>(*)(int))
     16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
-ptxas info    : Function properties for helper<double>(double)
+ptxas info    : Function properties for helper
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-"""
+"""  # noqa: E501
 
 
 def test_figures_of_a_log() -> None:
     assert list(figures(LOG)) == [
-        KernelFigures("kernel<float>(int)", "sm_90", True, 40, 2048, 16, 20),
-        KernelFigures("helper<double>(double)", "sm_90", False, None, None, 0, 0),
+        KernelFigures("kernel<float, (Form)1>", "sm_90", True, 40, 2048, 16, 20),
+        KernelFigures("helper", "sm_90", False, None, None, 0, 0),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import os
 import re
@@ -15,7 +16,7 @@ import torch
 from cases import CASES, Case
 
 import hvpfast as hf
-from hvpfast.backends import triton
+from hvpfast.backends import choose, triton, triton_tf32x3
 from hvpfast.spec import ACTIVATIONS
 
 TESTS = Path(__file__).parent
@@ -111,6 +112,7 @@ def test_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (hf.MLPSpec((3, 4)), "cpu", torch.float32, "on CUDA tensors; these are on cpu"),
         (hf.MLPSpec((3, 4)), "cuda", torch.bfloat16, "these are torch.bfloat16"),
         (hf.MLPSpec((3, 8193)), "cuda", torch.float32, "at most 8192 outputs"),
+        (hf.MLPSpec((3, 4097)), "cuda", torch.float64, "at most 4096 outputs in torch.float64"),
         (hf.MLPSpec((3, 4)), "cuda", torch.float64, "capability 8.0 or newer"),
     ],
 )
@@ -134,7 +136,7 @@ def test_nothing_waits_for_the_device_or_reads_it() -> None:
     pytest.importorskip("triton")
     from hvpfast.backends.triton_kernels.compilation import launches, problems
 
-    for problem in problems():
+    for problem in problems(torch.float32):
         assert len(launches(problem, torch.float32)) > 20
 
 
@@ -188,12 +190,19 @@ def kernel_names() -> set[str]:
 
 @pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
 def test_kernels_compile_without_spills() -> None:
-    """The largest variant of every kernel, or with HVPFAST_TEST_ALL_KERNELS=1 every variant."""
+    """Every variant in float32 for sm_90, and of every kernel the largest variant elsewhere.
+
+    ``hvpfast bench kernels`` compiles them all.
+    """
     pytest.importorskip("triton")
     from hvpfast.backends.triton_kernels.compilation import kernel_records
 
-    every = os.environ.get("HVPFAST_TEST_ALL_KERNELS") == "1"
-    records = kernel_records(largest_only=not every)
+    records = kernel_records(dtypes=[torch.float32], capabilities=[90])
+    assert {"ieee", "tf32x3"} == {
+        precision for r in records for precision in re.findall(r"PRECISION=(\w+)", r["variant"])
+    }
+    records += kernel_records(dtypes=[torch.float32], capabilities=[80], largest_only=True)
+    records += kernel_records(dtypes=[torch.float64], largest_only=True)
     for capability, dtype in itertools.product((80, 90), ("fp32", "fp64")):
         those = [r for r in records if (r["capability"], r["dtype"]) == (capability, dtype)]
         assert {r["kernel"] for r in those} == kernel_names()
@@ -213,9 +222,46 @@ def test_a_spill_is_seen() -> None:
     mixed = next(l for l in recorded if l.kernel.__name__ == "mixed_backward_layer")
     constants = {**mixed.constants, "ROWS": 64, "COLUMNS": 64, "num_warps": 4}
     large = compilation.Launch(mixed.kernel, mixed.arguments, constants)
-    record = compilation._compile(large, torch.float32, 90)
+    record = compilation.record(large, torch.float32, 90)
     assert record.spill_stores > 0
     assert record.spill_loads > 0
+
+
+@pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_products_have_the_named_precision(precision: str) -> None:
+    """Tensor cores multiply TF32 numbers, three products for one, only where that is asked for."""
+    pytest.importorskip("triton")
+    from hvpfast.backends.triton_kernels import compilation
+
+    problem = compilation.Problem(hf.MLPSpec((40, 32, 10)), 8, 64, 2, precision=precision)
+    recorded = compilation.launches(problem, torch.float32)
+    summing = [l for l in recorded if "PRECISION" in l.constants]
+    assert len(summing) > 15
+    assert {l.constants["PRECISION"] for l in summing} == {precision}
+    forward = next(l for l in summing if l.kernel.__name__ == "r_forward_layer")
+    ptx = compilation.compiled(forward, 80).asm["ptx"]
+    assert ("mma.sync" in ptx) == ("tf32" in ptx) == (precision == "tf32x3")
+
+
+def test_tf32x3_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, device = hf.MLPSpec((3, 4)), torch.device("cuda")
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert "full precision" in str(triton_tf32x3.unavailable())
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert triton_tf32x3.unavailable() == triton.unavailable()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton_tf32x3.unsupported(spec, device, torch.float32) is None
+    assert "float32" in str(triton_tf32x3.unsupported(spec, device, torch.float64))
+    assert "multilayer perceptrons" in str(triton_tf32x3.unsupported(None, device, torch.float32))
+    for name in ("cuda", "triton"):
+        module = importlib.import_module(f"hvpfast.backends.{name}")
+        monkeypatch.setattr(module, "unavailable", lambda: "not here")
+    monkeypatch.setattr(triton_tf32x3, "unavailable", lambda: None)
+    chosen = choose("auto", spec, device, torch.float32)
+    assert chosen.module.NAME == "reference"
+    assert "name it to mean it" in dict(chosen.passed_over)["triton_tf32x3"]
+    assert choose("triton_tf32x3", spec, device, torch.float32).module.NAME == "triton_tf32x3"
 
 
 def test_every_activation_has_a_row() -> None:

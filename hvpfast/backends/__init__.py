@@ -24,7 +24,7 @@ from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec, check_choice
 
 # "auto" takes the first that can run and supports the case.
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "triton_tf32x3", "reference")
 
 
 class PenaltyState(Protocol):

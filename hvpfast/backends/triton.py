@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 NAME = "triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMED_ONLY = "Triton's interpreter is slow, for tests; name it to mean it" if INTERPRETED else None
-MOST_CLASSES = 8192  # all classes of a sample lie in the registers of one program
+# All classes of a sample lie in the registers of one program.
+MOST_CLASSES = {torch.float32: 8192, torch.float64: 4096}
 
 
 def unavailable() -> str | None:
@@ -57,30 +58,38 @@ def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) 
         return f"it runs on {where}; these are on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64; these are {dtype}"
-    if spec.sizes[-1] > MOST_CLASSES:
-        return f"it takes at most {MOST_CLASSES} outputs; these are {spec.sizes[-1]}"
+    if spec.sizes[-1] > (most := MOST_CLASSES[dtype]):
+        return f"it takes at most {most} outputs in {dtype}; these are {spec.sizes[-1]}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0 or newer; {device} has less"
     return None
 
 
 def linearize(
-    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+    spec: MLPSpec,
+    params: Tensor | Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    order: int,
+    precision: str = "ieee",
 ) -> TritonState:
-    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
+    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place.
+
+    ``precision`` of the products in float32: ``"ieee"`` or ``"tf32x3"``.
+    """
     from hvpfast.backends.triton_kernels.linearization import Linearization
 
     rows = params.unsqueeze(0) if isinstance(params, Tensor) else params
-    return TritonState(TritonModelsState(Linearization(spec, rows, x, y, order), y))
+    return TritonState(TritonModelsState(Linearization(spec, rows, x, y, order, precision), y))
 
 
 def linearize_models(
-    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int, precision: str = "ieee"
 ) -> TritonModelsState:
     """M states in one: params (M, P), x (M, N, D[0]) or (N, D[0]), y likewise."""
     from hvpfast.backends.triton_kernels.linearization import Linearization
 
-    return TritonModelsState(Linearization(spec, params, x, y, order), y)
+    return TritonModelsState(Linearization(spec, params, x, y, order, precision), y)
 
 
 class TritonModelsState:

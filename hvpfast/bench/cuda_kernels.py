@@ -22,7 +22,7 @@ class KernelFigures:
     """One kernel, or one function that kernels call, as compiled for one architecture.
 
     Args:
-        name: of the function, with its template arguments.
+        name: of the function, with its template arguments, without namespaces and parameters.
         architecture: ``"sm_80"`` or ``"sm_90"``.
         entry: whether it is a kernel; registers and shared memory are given for kernels only.
         registers: per thread; of a kernel, those of the functions that it calls included.
@@ -85,7 +85,7 @@ def figures(log: str) -> Iterator[KernelFigures]:
             registers = re.search(r"Used (\d+) registers", used)
             shared = re.search(r"(\d+) bytes smem", used)
             yield KernelFigures(
-                name,
+                _short(name),
                 architecture,
                 name == entry,
                 int(registers[1]) if registers else None,
@@ -93,6 +93,19 @@ def figures(log: str) -> Iterator[KernelFigures]:
                 stack,
                 stores + loads,
             )
+
+
+def _short(name: str) -> str:
+    """``void hvpfast::cuda::f<(hvpfast::cuda::Form)0>(int)`` as ``f<(Form)0>``."""
+    for part in ("void ", "hvpfast::cuda::", "(anonymous namespace)::"):
+        name = name.replace(part, "")
+    if not name.endswith(")"):
+        return name
+    start, open_brackets = len(name), 0
+    while open_brackets or start == len(name):
+        start -= 1
+        open_brackets += {")": 1, "(": -1}.get(name[start], 0)
+    return name[:start]
 
 
 def _numbers(line: str) -> tuple[int, int, int]:

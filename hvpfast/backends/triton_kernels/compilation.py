@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hvpfast.backends.triton import MOST_CLASSES
 from hvpfast.backends.triton_kernels.activations import JETS
 from hvpfast.backends.triton_kernels.launch import Launch, recording
 from hvpfast.backends.triton_kernels.linearization import Linearization
@@ -58,20 +59,26 @@ class Problem:
     N: int
     K: int
     ggn: bool = False  # of the ggn too, beside the Hessian
+    precision: str = "ieee"  # of float32 products
 
 
-def problems() -> list[Problem]:
+def problems(dtype: torch.dtype) -> list[Problem]:
     """Shapes that meet every kernel, every activation, small and large tiles, and torch's GEMMs."""
-    small = (40, 32, 10)
-    return [
-        *(Problem(MLPSpec(small, a), 451, 64, 4, ggn=a in ("relu", "tanh")) for a in JETS),
+    tiles = [
+        Problem(MLPSpec((40, 32, 10), "tanh"), 451, 64, 4, ggn=True),
         Problem(MLPSpec((3072, 256, 100), "tanh"), 1, 64, 3),
         Problem(MLPSpec((128, 128, 128, 10), "relu"), 8, 256, 2, ggn=True),
+        Problem(MLPSpec((784, 1024, 512, 10), "tanh"), 1, 512, 1),
+    ]
+    if dtype is torch.float32:
+        tiles += [replace(problem, precision="tf32x3") for problem in tiles]
+    return [
+        *tiles,
+        *(Problem(MLPSpec((40, 32, 10), a), 451, 64, 4, ggn=a == "relu") for a in JETS),
         Problem(MLPSpec((128, 128, 10), "gelu", "mse", bias=False), 64, 256, 2),
         Problem(MLPSpec((40, 32, 10), reduction="sum"), 451, 64, 4),
-        Problem(MLPSpec((784, 1024, 512, 10), "tanh"), 1, 512, 1),
         Problem(MLPSpec((20, 1000), class_weights=(1.0,) * 1000, label_smoothing=0.1), 1, 512, 2),
-        Problem(MLPSpec((8, 8192)), 1, 64, 2),
+        Problem(MLPSpec((8, MOST_CLASSES[dtype])), 1, 64, 2),
     ]
 
 
@@ -87,7 +94,8 @@ def launches(problem: Problem, dtype: torch.dtype) -> list[Launch]:
         y = torch.empty(M, N, dtype=torch.int64, device="meta")
     tangents = meta(M, K, spec.num_params)
     with recording() as recorded:
-        lin = Linearization(spec, meta(M, spec.num_params), meta(M, N, spec.sizes[0]), y, 3)
+        params, x = meta(M, spec.num_params), meta(M, N, spec.sizes[0])
+        lin = Linearization(spec, params, x, y, 3, problem.precision)
         lin.gradient()
         for ggn in (False, True)[: 1 + problem.ggn]:
             hvp(lin, tangents, ggn)
@@ -122,7 +130,7 @@ def kernel_records(
     records = []
     for dtype in dtypes:
         variants: dict[tuple[str, str, int], Launch] = {}
-        for problem in problems() if chosen is None else chosen:
+        for problem in problems(dtype) if chosen is None else chosen:
             for launch in launches(problem, dtype):
                 variants.setdefault(
                     (launch.kernel.__name__, _variant(launch), _num_warps(launch)), launch
@@ -130,7 +138,7 @@ def kernel_records(
         if largest_only:
             variants = {(key[0], "", 0): variants[key] for key in sorted(variants, key=_size)}
         for launch in variants.values():
-            records += [asdict(_compile(launch, dtype, c)) for c in capabilities]
+            records += [asdict(record(launch, dtype, c)) for c in capabilities]
     return records
 
 
@@ -163,7 +171,13 @@ def _variant(launch: Launch) -> str:
     return " ".join([*(["without " + ",".join(absent)] if absent else []), *constants])
 
 
-def _compile(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecord:
+def compiled(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of a launch, with its ``asm`` and ``metadata``.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1.
+        triton.CompilationError: it does not compile.
+    """
     kernel = launch.kernel
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
@@ -182,20 +196,25 @@ def _compile(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecor
             if specialised and value % 16 == 0:
                 attributes[(i,)] = aligned
     options = {k: v for k, v in launch.constants.items() if k not in kernel.arg_names}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options=options,
     )
-    registers, code = _disassembled(compiled.asm["cubin"])
+
+
+def record(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecord:
+    """What the binary of a launch says; raises as :func:`compiled`."""
+    binary = compiled(launch, capability)
+    registers, code = _disassembled(binary.asm["cubin"])
     return KernelRecord(
-        kernel.__name__,
+        launch.kernel.__name__,
         _variant(launch),
         _TYPES[dtype],
         capability,
         _num_warps(launch),
         registers,
-        compiled.metadata.shared,
+        binary.metadata.shared,
         len(re.findall(r"\bSTL\b", code)),
         len(re.findall(r"\bLDL\b", code)),
     )

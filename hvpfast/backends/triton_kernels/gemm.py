@@ -2,7 +2,8 @@
 
 The fused kernels save the traffic of an epilogue and a launch. A vendor library reaches more of
 the peak on large products, and splits long sums over multiprocessors that would be idle. torch
-multiplies in full precision or not at all: with TF32 switched on it is left out.
+multiplies in full precision or not at all: with TF32 switched on it is left out. Beside products in
+tf32x3, whose peak is above that of full precision, it has the long sums only.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ LONG_SUM = 512  # terms from which a tile takes too long alone
 FEW_TILES = 132  # tiles that leave multiprocessors idle
 
 
-def torch_is_faster(rows: int, columns: int, depth: int, batch: int, like: Tensor) -> bool:
+def torch_is_faster(
+    rows: int, columns: int, depth: int, batch: int, like: Tensor, precision: str = "ieee"
+) -> bool:
     """Whether ``batch`` products (rows, depth) (depth, columns) are left to torch."""
     product = rows * columns * depth
     if product < LARGE_PRODUCT or not full_precision(like):
         return False
     tiles = batch * num_tiles(rows, columns, tile_of(rows, columns, batch, largest=32))
-    return batch * product >= LARGE_WORK or (depth > LONG_SUM and tiles < FEW_TILES)
+    large = batch * product >= LARGE_WORK and precision == "ieee"
+    return large or (depth > LONG_SUM and tiles < FEW_TILES)
 
 
 def full_precision(like: Tensor) -> bool:

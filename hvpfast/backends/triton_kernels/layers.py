@@ -21,7 +21,7 @@ from hvpfast.backends.triton_kernels.tiles import add_product, load_sums, own_ti
 def primal_forward_layer(
     a_below, W, b, sums, z, a, s1, s2,
     N, d_below, d, below_m, params_m, num_sums, sums_t,
-    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z = a_below W' + b, a = act(z), s1 = act'(z), s2 = act''(z); jet None (last layer): z."""
     m, n, i = own_tile(N, d, ROWS, COLUMNS)
@@ -31,7 +31,7 @@ def primal_forward_layer(
     if sums is None:
         zi = tl.zeros((ROWS, COLUMNS), W.dtype.element_ty)
         zi = add_product(zi, a_below + m * below_m, d_below, 1, W + m * params_m, 1, d_below,
-                         N, d, n, i, d_below, DEPTH)  # fmt: skip
+                         N, d, n, i, d_below, PRECISION)  # fmt: skip
     else:
         zi = load_sums(sums + m * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
     if b is not None:
@@ -50,7 +50,7 @@ def primal_forward_layer(
 def primal_backward_layer(
     z_bar_above, W_above, sums, s1, s2, a_bar, z_bar,
     N, d_above, d, params_m, num_sums, sums_t,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a_bar = z_bar_above W_above, z_bar = s1 * a_bar; s2 becomes act''(z) * a_bar."""
     m, n, i = own_tile(N, d, ROWS, COLUMNS)
@@ -60,7 +60,7 @@ def primal_backward_layer(
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar.dtype.element_ty)
         bar = add_product(bar, z_bar_above + m * N * d_above, d_above, 1, W_above + m * params_m,
-                          d, 1, N, d, n, i, d_above, DEPTH)  # fmt: skip
+                          d, 1, N, d, n, i, d_above, PRECISION)  # fmt: skip
     else:
         bar = load_sums(sums + m * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
     if a_bar is not None:
@@ -75,7 +75,7 @@ def primal_backward_layer(
 def r_forward_layer(
     a_dot_below, a_below, W, V, v, sums, s1, z_dot, a_dot,
     N, d_below, d, K, below_m, params_m, P, num_sums, sums_t,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z_dot = a_dot_below W' + a_below V' + v, a_dot = s1 * z_dot; a_dot_below None: first layer.
 
@@ -89,10 +89,10 @@ def r_forward_layer(
     if sums is None:
         dot = tl.zeros((ROWS, COLUMNS), V.dtype.element_ty)
         dot = add_product(dot, a_below + m * below_m, d_below, 1, V + k * P, 1, d_below,
-                          N, d, n, i, d_below, DEPTH)  # fmt: skip
+                          N, d, n, i, d_below, PRECISION)  # fmt: skip
         if a_dot_below is not None:
             dot = add_product(dot, a_dot_below + k * N * d_below, d_below, 1, W + m * params_m,
-                              1, d_below, N, d, n, i, d_below, DEPTH)  # fmt: skip
+                              1, d_below, N, d, n, i, d_below, PRECISION)  # fmt: skip
     else:
         dot = load_sums(sums + k * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
     if v is not None:
@@ -108,7 +108,7 @@ def r_forward_layer(
 def r_backward_layer(
     z_bar_dot_above, z_bar_above, W_above, V_above, sums, s1, s2, z_dot, a_bar_dot, z_bar_dot,
     N, d_above, d, K, params_m, P, num_sums, sums_t,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a_bar_dot = z_bar_dot_above W_above + z_bar_above V_above.
 
@@ -123,10 +123,10 @@ def r_backward_layer(
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar_dot.dtype.element_ty)
         bar = add_product(bar, z_bar_dot_above + k * N * d_above, d_above, 1,
-                          W_above + m * params_m, d, 1, N, d, n, i, d_above, DEPTH)  # fmt: skip
+                          W_above + m * params_m, d, 1, N, d, n, i, d_above, PRECISION)  # fmt: skip
         if z_bar_above is not None:
             bar = add_product(bar, z_bar_above + m * N * d_above, d_above, 1, V_above + k * P, d, 1,
-                              N, d, n, i, d_above, DEPTH)  # fmt: skip
+                              N, d, n, i, d_above, PRECISION)  # fmt: skip
     else:
         bar = load_sums(sums + k * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
     if a_bar_dot is not None:
@@ -142,7 +142,7 @@ def r_backward_layer(
 def quadratic_layer(
     a_dot_below, V, sums, s2, z_dot, z_bar, parts,
     N, d_below, d, K, P, num_sums, sums_t,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts (M K, tiles) of sum 2 z_bar * (a_dot_below V') + s2 * z_dot^2.
 
@@ -157,7 +157,7 @@ def quadratic_layer(
     if a_dot_below is not None:
         if sums is None:
             form = add_product(form, a_dot_below + k * N * d_below, d_below, 1, V + k * P, 1,
-                               d_below, N, d, n, i, d_below, DEPTH)  # fmt: skip
+                               d_below, N, d, n, i, d_below, PRECISION)  # fmt: skip
         else:
             form = load_sums(sums + k * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
         form *= 2 * tl.load(z_bar + m * N * d + at, mask=inside, other=0.0)
@@ -171,7 +171,7 @@ def quadratic_layer(
 def mixed_forward_layer(
     a_uv_below, a_v_below, a_u_below, W, V, U, sums, z, s1, z_v, z_u, z_uv, a_uv,
     N, d_below, d, K, params_m, v_k, u_k, num_sums, sums_t,
-    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z_uv = a_uv_below W' + sum_k (a_v_below U' + a_u_below V'), collapsed over the tangents.
 
@@ -188,12 +188,12 @@ def mixed_forward_layer(
     elif a_v_below is not None:
         if a_uv_below is not None:
             zi = add_product(zi, a_uv_below + m * N * d_below, d_below, 1, W + m * params_m, 1,
-                             d_below, N, d, n, i, d_below, DEPTH)  # fmt: skip
+                             d_below, N, d, n, i, d_below, PRECISION)  # fmt: skip
         for k in range(m * K, m * K + K):
             zi = add_product(zi, a_v_below + k * N * d_below, d_below, 1, U + k * u_k, 1, d_below,
-                             N, d, n, i, d_below, DEPTH)  # fmt: skip
+                             N, d, n, i, d_below, PRECISION)  # fmt: skip
             zi = add_product(zi, a_u_below + k * N * d_below, d_below, 1, V + k * v_k, 1, d_below,
-                             N, d, n, i, d_below, DEPTH)  # fmt: skip
+                             N, d, n, i, d_below, PRECISION)  # fmt: skip
     tl.store(z_uv + own, zi, mask=inside)
     if a_uv is not None:
         ai = tl.load(s1 + own, mask=inside, other=0.0) * zi
@@ -212,7 +212,7 @@ def mixed_backward_layer(
     z_bar_uv_above, z_bar_v_above, z_bar_u_above, W_above, V_above, U_above, sums,
     z, a_bar, s1, s2, z_v, z_u, a_bar_v, a_bar_u, z_uv, z_bar_uv,
     N, d_above, d, K, params_m, v_k, u_k, num_sums, sums_t,
-    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a_bar_uv = z_bar_uv_above W_above + sum_k (z_bar_u_above V_above + z_bar_v_above U_above).
 
@@ -227,12 +227,12 @@ def mixed_backward_layer(
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar_uv.dtype.element_ty)
         bar = add_product(bar, z_bar_uv_above + m * N * d_above, d_above, 1, W_above + m * params_m,
-                          d, 1, N, d, n, i, d_above, DEPTH)  # fmt: skip
+                          d, 1, N, d, n, i, d_above, PRECISION)  # fmt: skip
         for k in range(m * K, m * K + K):
             bar = add_product(bar, z_bar_u_above + k * N * d_above, d_above, 1, V_above + k * v_k,
-                              d, 1, N, d, n, i, d_above, DEPTH)  # fmt: skip
+                              d, 1, N, d, n, i, d_above, PRECISION)  # fmt: skip
             bar = add_product(bar, z_bar_v_above + k * N * d_above, d_above, 1, U_above + k * u_k,
-                              d, 1, N, d, n, i, d_above, DEPTH)  # fmt: skip
+                              d, 1, N, d, n, i, d_above, PRECISION)  # fmt: skip
     else:
         bar = load_sums(sums + m * N * d, num_sums, sums_t, at, inside, ROWS, COLUMNS)
     bar *= tl.load(s1 + own, mask=inside, other=0.0)

@@ -28,11 +28,13 @@ from hvpfast.backends.triton_kernels.losses import (
 )
 from hvpfast.backends.triton_kernels.network import Rows, given, layout_of, no_layers
 from hvpfast.backends.triton_kernels.products import product_layer
-from hvpfast.backends.triton_kernels.tiles import DEPTH, Tile, num_tiles, tile_of
+from hvpfast.backends.triton_kernels.tiles import Tile, num_tiles, tile_of
 from hvpfast.checks import label_message
 from hvpfast.spec import MLPSpec
 
 LABEL_ROWS = 1024
+# Per thread of a mixed kernel in float32: left alone, ptxas aims at 80 or 128 and spills a few.
+MIXED_REGISTERS = 144
 
 
 class Linearization:
@@ -44,6 +46,7 @@ class Linearization:
         x: (M, N, D[0]), or (N, D[0]) for all models.
         y: (M, N) or (M, N, D[L]), or the same without M for all models.
         order: 2 or 3; 3 keeps what third-order products need.
+        precision: of float32 products: "ieee", or "tf32x3" for three TF32 products a product.
 
     Attributes:
         a, s1, s2, z_bar: residuals (M, N, D[l]) per layer; a[0] is x, (1, N, D[0]) if shared.
@@ -53,9 +56,15 @@ class Linearization:
     """
 
     def __init__(
-        self, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+        self,
+        spec: MLPSpec,
+        params: Tensor | Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        order: int,
+        precision: str = "ieee",
     ) -> None:
-        self.spec, self.layout = spec, layout_of(spec)
+        self.spec, self.layout, self.precision = spec, layout_of(spec), precision
         self.D, self.L, self.P = self.layout.D, self.layout.L, self.layout.P
         self.params = Rows(self.layout, params)
         self.M = len(params) if isinstance(params, Tensor) else 1
@@ -98,6 +107,20 @@ class Linearization:
         """
         small = mixed or self.like.dtype is torch.float64
         return tile_of(rows, columns, batch, 32 if small else 64)
+
+    def constants(self, tile: Tile, *, mixed: bool = False) -> dict[str, Any]:
+        """The compile-time arguments of a kernel that sums products in tiles."""
+        options = {
+            "ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": self.precision,
+            "num_warps": tile.num_warps, "num_stages": 2 if mixed else 3,
+        }  # fmt: skip
+        if mixed and self.like.dtype is torch.float32 and self.precision == "ieee":
+            options["maxnreg"] = MIXED_REGISTERS
+        return options
+
+    def torch_is_faster(self, rows: int, columns: int, depth: int, batch: int) -> bool:
+        """Whether ``batch`` products (rows, depth) (depth, columns) are left to torch."""
+        return gemm.torch_is_faster(rows, columns, depth, batch, self.like, self.precision)
 
     def below_m(self, l: int) -> int:
         """Entries between models of a_{l-1}."""
@@ -144,7 +167,7 @@ class Linearization:
             d, d_below, below = self.D[l], self.D[l - 1], given(self.a[l - 1])
             W = given(self.params.W[l])
             sums = None
-            if gemm.torch_is_faster(N, d, d_below, M, W):
+            if self.torch_is_faster(N, d, d_below, M):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(below, W.mT.unsqueeze(1), sums[0].unsqueeze(1))
             tile = self.tile(N, d, M)
@@ -153,7 +176,7 @@ class Linearization:
                 below, W, self.params.b[l], sums, self.z[l] if l < L else logits,
                 self.a[l], self.s1[l], self.s2[l],
                 N, d_below, d, self.below_m(l), self.params.stride, *counts(sums),
-                jet=self.jet if l < L else None, **constants(tile),
+                jet=self.jet if l < L else None, **self.constants(tile),
             )  # fmt: skip
 
     def _loss_gradient(self, y: Tensor) -> None:
@@ -195,14 +218,14 @@ class Linearization:
             d, d_above, above = self.D[l], self.D[l + 1], given(self.z_bar[l + 1])
             W = given(self.params.W[l + 1])
             sums = None
-            if gemm.torch_is_faster(N, d, d_above, M, W):
+            if self.torch_is_faster(N, d, d_above, M):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(above, W.unsqueeze(1), sums[0].unsqueeze(1))
             tile = self.tile(N, d, M)
             launch(
                 primal_backward_layer, M * num_tiles(N, d, tile),
                 above, W, sums, self.s1[l], self.s2[l], self.a_bar[l], self.z_bar[l],
-                N, d_above, d, self.params.stride, *counts(sums), **constants(tile),
+                N, d_above, d, self.params.stride, *counts(sums), **self.constants(tile),
             )  # fmt: skip
 
     def gradient(self) -> Tensor:
@@ -212,7 +235,7 @@ class Linearization:
         for l in range(1, self.L + 1):
             d, d_below = self.D[l], self.D[l - 1]
             below, z_bar, W, b = given(self.a[l - 1]), given(self.z_bar[l]), rows.W[l], rows.b[l]
-            if gemm.torch_is_faster(d, d_below, self.N, self.M, out):
+            if self.torch_is_faster(d, d_below, self.N, self.M):
                 for m in range(self.M):
                     gemm.sum_over_samples([(z_bar[m], below[m % len(below)])], given(W)[m])
                 if b is not None:
@@ -222,17 +245,9 @@ class Linearization:
             launch(
                 product_layer, self.M * num_tiles(d, d_below, tile),
                 z_bar, below, None, None, W, b, None,
-                self.N, d, d_below, 1, self.below_m(l), self.P, **constants(tile),
+                self.N, d, d_below, 1, self.below_m(l), self.P, **self.constants(tile),
             )  # fmt: skip
         return out
-
-
-def constants(tile: Tile, num_stages: int = 3) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that sums products in tiles."""
-    return {
-        "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": DEPTH,
-        "num_warps": tile.num_warps, "num_stages": num_stages,
-    }  # fmt: skip
 
 
 def counts(sums: Tensor | None) -> tuple[int, int]:

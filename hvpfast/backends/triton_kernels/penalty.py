@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvpfast.backends.triton_kernels import gemm
 from hvpfast.backends.triton_kernels.launch import launch
-from hvpfast.backends.triton_kernels.linearization import Linearization, constants
+from hvpfast.backends.triton_kernels.linearization import Linearization
 from hvpfast.backends.triton_kernels.network import Rows, given
 from hvpfast.backends.triton_kernels.products import gram_layer
 from hvpfast.backends.triton_kernels.tangents import Streams, products, r_backward, r_forward
@@ -84,6 +84,6 @@ def _first_layer(lin: Linearization, s: Streams) -> tuple[Tensor, Tensor]:
     norms = torch.empty(M, K, tiles, dtype=torch.float64, device=x.device)
     launch(
         gram_layer, M * K * tiles, gram, z_bar_dot, out, norms,
-        N, d, K, 0 if len(x) == 1 else N * N, **constants(tile),
+        N, d, K, 0 if len(x) == 1 else N * N, **lin.constants(tile),
     )  # fmt: skip
     return out, norms.sum(2)

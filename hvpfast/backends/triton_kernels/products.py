@@ -10,17 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvpfast.backends.triton_kernels.tiles import add_product, own_tile
+from hvpfast.backends.triton_kernels.tiles import DEPTH, add_product, own_tile
 
 
 @triton.jit
-def _add_samples(sum, a, b, rows, columns, i, j, N, DEPTH: tl.constexpr):
+def _add_samples(sum, a, b, rows, columns, i, j, N, PRECISION: tl.constexpr):
     """Sum + A' B for A (N, rows) at a, B (N, columns) at b."""
-    return add_product(sum, a, 1, rows, b, columns, 1, rows, columns, i, j, N, DEPTH)
+    return add_product(sum, a, 1, rows, b, columns, 1, rows, columns, i, j, N, PRECISION)
 
 
 @triton.jit
-def _sum_of_samples(a, rows, i, N, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+def _sum_of_samples(a, rows, i, N, ROWS: tl.constexpr):
     """sum_n A(n, :) for A (N, rows) at a."""
     inner = tl.arange(0, DEPTH)
     tile = a + inner[None, :] * rows + i[:, None]
@@ -36,7 +36,7 @@ def _sum_of_samples(a, rows, i, N, ROWS: tl.constexpr, DEPTH: tl.constexpr):
 def product_layer(
     z_bar_dot, a_below, z_bar, a_dot_below, out_W, out_b, norms,
     N, d, d_below, K, below_m, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_W = z_bar_dot' a_below + z_bar' a_dot_below, out_b = sum_n z_bar_dot for each tangent.
 
@@ -47,18 +47,18 @@ def product_layer(
     m = k // K
     out = tl.zeros((ROWS, COLUMNS), out_W.dtype.element_ty)
     out = _add_samples(
-        out, z_bar_dot + k * N * d, a_below + m * below_m, d, d_below, i, j, N, DEPTH
+        out, z_bar_dot + k * N * d, a_below + m * below_m, d, d_below, i, j, N, PRECISION
     )
     if z_bar is not None:
         out = _add_samples(
-            out, z_bar + m * N * d, a_dot_below + k * N * d_below, d, d_below, i, j, N, DEPTH
+            out, z_bar + m * N * d, a_dot_below + k * N * d_below, d, d_below, i, j, N, PRECISION
         )
     inside = (i[:, None] < d) & (j[None, :] < d_below)
     tl.store(out_W + k * P + i[:, None].to(tl.int64) * d_below + j[None, :], out, mask=inside)
     squares = tl.sum(tl.sum(out * out, 1), 0)
     if out_b is not None:  # noqa: SIM102  (known when compiled, not when run)
         if tl.program_id(0) % tl.cdiv(d_below, COLUMNS) == 0:
-            bias = _sum_of_samples(z_bar_dot + k * N * d, d, i, N, ROWS, DEPTH)
+            bias = _sum_of_samples(z_bar_dot + k * N * d, d, i, N, ROWS)
             tl.store(out_b + k * P + i, bias, mask=i < d)
             squares += tl.sum(bias * bias, 0)
     if norms is not None:
@@ -69,7 +69,7 @@ def product_layer(
 def mixed_product_layer(
     z_bar_uv, a_below, z_bar, a_uv_below, z_bar_v, z_bar_u, a_v_below, a_u_below, out_W, out_b,
     N, d, d_below, K, below_m, P,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The collapsed product of the mixed stream of each model.
 
@@ -79,22 +79,24 @@ def mixed_product_layer(
     """
     m, i, j = own_tile(d, d_below, ROWS, COLUMNS)
     out = tl.zeros((ROWS, COLUMNS), out_W.dtype.element_ty)
-    out = _add_samples(out, z_bar_uv + m * N * d, a_below + m * below_m, d, d_below, i, j, N, DEPTH)
+    out = _add_samples(
+        out, z_bar_uv + m * N * d, a_below + m * below_m, d, d_below, i, j, N, PRECISION
+    )
     if z_bar is not None:
         out = _add_samples(
-            out, z_bar + m * N * d, a_uv_below + m * N * d_below, d, d_below, i, j, N, DEPTH
+            out, z_bar + m * N * d, a_uv_below + m * N * d_below, d, d_below, i, j, N, PRECISION
         )
     if a_v_below is not None:  # the K N rows of a model's streams are one long sum
         k = m * K
         out = _add_samples(out, z_bar_u + k * N * d, a_v_below + k * N * d_below, d, d_below, i, j,
-                           K * N, DEPTH)  # fmt: skip
+                           K * N, PRECISION)  # fmt: skip
         out = _add_samples(out, z_bar_v + k * N * d, a_u_below + k * N * d_below, d, d_below, i, j,
-                           K * N, DEPTH)  # fmt: skip
+                           K * N, PRECISION)  # fmt: skip
     inside = (i[:, None] < d) & (j[None, :] < d_below)
     tl.store(out_W + m * P + i[:, None].to(tl.int64) * d_below + j[None, :], out, mask=inside)
     if out_b is not None:  # noqa: SIM102  (known when compiled, not when run)
         if tl.program_id(0) % tl.cdiv(d_below, COLUMNS) == 0:
-            bias = _sum_of_samples(z_bar_uv + m * N * d, d, i, N, ROWS, DEPTH)
+            bias = _sum_of_samples(z_bar_uv + m * N * d, d, i, N, ROWS)
             tl.store(out_b + m * P + i, bias, mask=i < d)
 
 
@@ -102,7 +104,7 @@ def mixed_product_layer(
 def gram_layer(
     gram, z_bar_dot, out, norms,
     N, d, K, gram_m,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out = Gamma z_bar_dot_1 for Gamma = X X' + 1 1' (N, N), ``gram_m`` apart: u_1 [x; 1].
 
@@ -112,7 +114,7 @@ def gram_layer(
     m = k // K
     dot = tl.zeros((ROWS, COLUMNS), out.dtype.element_ty)
     dot = add_product(
-        dot, gram + m * gram_m, N, 1, z_bar_dot + k * N * d, d, 1, N, d, n, i, N, DEPTH
+        dot, gram + m * gram_m, N, 1, z_bar_dot + k * N * d, d, 1, N, d, n, i, N, PRECISION
     )
     inside = (n[:, None] < N) & (i[None, :] < d)
     own = k * N * d + n.to(tl.int64)[:, None] * d + i[None, :]

@@ -26,7 +26,6 @@ from hvpfast.backends.triton_kernels.layers import (
 )
 from hvpfast.backends.triton_kernels.linearization import (
     Linearization,
-    constants,
     counts,
     loss_tile,
 )
@@ -68,7 +67,7 @@ def r_forward(lin: Linearization, v: Rows, K: int, z_dot_1: Tensor | None = None
         sums = None
         if l == 1 and z_dot_1 is not None:
             sums = z_dot_1.unsqueeze(0)
-        elif gemm.torch_is_faster(N, d, d_below, M * K, W):
+        elif lin.torch_is_faster(N, d, d_below, M * K):
             sums = lin.empty(1 if a_dot_below is None else 2, M, K, N, d)
             gemm.multiply_shared(below, v.W_of_models(l, M).mT, sums[0])
             if a_dot_below is not None:
@@ -78,7 +77,7 @@ def r_forward(lin: Linearization, v: Rows, K: int, z_dot_1: Tensor | None = None
             r_forward_layer, M * K * num_tiles(N, d, tile),
             a_dot_below, below, W, V, v.b[l], sums, lin.s1[l], s.z_dot[l], s.a_dot[l],
             N, d_below, d, K, lin.below_m(l), lin.params.stride, v.stride, *counts(sums),
-            **constants(tile),
+            **lin.constants(tile),
         )  # fmt: skip
     return s
 
@@ -107,7 +106,7 @@ def r_backward(lin: Linearization, v: Rows, s: Streams, ggn: bool, keep: bool) -
         above, W = given(s.z_bar_dot[l + 1]), given(lin.params.W[l + 1])
         z_bar_above, V = lin.z_bar[l + 1], given(v.W[l + 1])
         sums = None
-        if gemm.torch_is_faster(N, d, d_above, M * K, W):
+        if lin.torch_is_faster(N, d, d_above, M * K):
             sums = lin.empty(1 if ggn else 2, M, K, N, d)
             gemm.multiply_rows(above, W, sums[0])
             if not ggn:
@@ -121,7 +120,7 @@ def r_backward(lin: Linearization, v: Rows, s: Streams, ggn: bool, keep: bool) -
             r_backward_layer, M * K * num_tiles(N, d, tile),
             above, None if ggn else z_bar_above, W, V, sums,
             lin.s1[l], None if ggn else lin.s2[l], s.z_dot[l], s.a_bar_dot[l], s.z_bar_dot[l],
-            N, d_above, d, K, lin.params.stride, v.stride, *counts(sums), **constants(tile),
+            N, d_above, d, K, lin.params.stride, v.stride, *counts(sums), **lin.constants(tile),
         )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def products(lin: Linearization, s: Streams, out: Rows, ggn: bool, first: int = 
         d, d_below, below = lin.D[l], lin.D[l - 1], given(lin.a[l - 1])
         W, b, z_bar_dot = given(out.W[l]), out.b[l], given(s.z_bar_dot[l])
         z_bar, a_dot = (None, None) if ggn or l == 1 else (lin.z_bar[l], s.a_dot[l - 1])
-        if gemm.torch_is_faster(d, d_below, N, M * K, W):
+        if lin.torch_is_faster(d, d_below, N, M * K):
             for row in range(M * K):
                 m, k = divmod(row, K)
                 terms = [(z_bar_dot[m, k], below[m % len(below)])]
@@ -151,7 +150,7 @@ def products(lin: Linearization, s: Streams, out: Rows, ggn: bool, first: int = 
         launch(
             product_layer, M * K * tiles,
             z_bar_dot, below, z_bar, a_dot, W, b, parts,
-            N, d, d_below, K, lin.below_m(l), out.stride, **constants(tile),
+            N, d, d_below, K, lin.below_m(l), out.stride, **lin.constants(tile),
         )  # fmt: skip
         norms.append(parts)
     return torch.cat(norms, 1).sum(1).view(M, K)
@@ -203,6 +202,6 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
         launch(
             quadratic_layer, parts[-1].numel(),
             a_dot_below, V, sums, lin.s2[l], s.z_dot[l], lin.z_bar[l], parts[-1],
-            N, d_below, d, K, v.stride, *counts(sums), **constants(tile),
+            N, d_below, d, K, v.stride, *counts(sums), **lin.constants(tile),
         )  # fmt: skip
     return torch.cat(parts, 1).sum(1).view(M, K).to(tangents.dtype)

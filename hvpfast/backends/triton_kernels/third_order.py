@@ -31,7 +31,6 @@ from hvpfast.backends.triton_kernels.launch import launch
 from hvpfast.backends.triton_kernels.layers import mixed_backward_layer, mixed_forward_layer
 from hvpfast.backends.triton_kernels.linearization import (
     Linearization,
-    constants,
     counts,
     loss_tile,
 )
@@ -92,7 +91,7 @@ def _forward(
         W, V, U = lin.params.W[l], v.W[l], u.W[l]
         a_uv, a_v, a_u = mixed.a[l - 1], s_v.a_dot[l - 1], s_u.a_dot[l - 1]
         sums = None
-        if l > 1 and gemm.torch_is_faster(N, d, 2 * K * d_below, M, lin.like):
+        if l > 1 and lin.torch_is_faster(N, d, 2 * K * d_below, M):
             own = 0 if a_uv is None else 1
             sums = lin.empty(own + 2 * K, M, N, d)
             if a_uv is not None:
@@ -109,7 +108,7 @@ def _forward(
             a_uv, a_v, a_u, W, V, U, sums,
             lin.z[l], lin.s1[l], s_v.z_dot[l], s_u.z_dot[l], mixed.z[l], mixed.a[l],
             N, d_below, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth and l < L else None, **constants(tile, num_stages=2),
+            jet=lin.jet if lin.smooth and l < L else None, **lin.constants(tile, mixed=True),
         )  # fmt: skip
 
 
@@ -136,7 +135,7 @@ def _backward(
         bar_uv = given(mixed.z_bar[l + 1])
         bar_v, bar_u = given(s_v.z_bar_dot[l + 1]), given(s_u.z_bar_dot[l + 1])
         sums = None
-        if gemm.torch_is_faster(N, d, (2 * K + 1) * d_above, M, lin.like):
+        if lin.torch_is_faster(N, d, (2 * K + 1) * d_above, M):
             sums = lin.empty(1 + 2 * K, M, N, d)
             gemm.multiply_shared(bar_uv, W.unsqueeze(1), sums[0].unsqueeze(1))
             for bar, rows, at in ((bar_u, v, 1), (bar_v, u, 1 + K)):
@@ -150,7 +149,7 @@ def _backward(
             lin.z[l], lin.a_bar[l], lin.s1[l], lin.s2[l], s_v.z_dot[l], s_u.z_dot[l],
             s_v.a_bar_dot[l], s_u.a_bar_dot[l], mixed.z[l], mixed.z_bar[l],
             N, d_above, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth else None, **constants(tile, num_stages=2),
+            jet=lin.jet if lin.smooth else None, **lin.constants(tile, mixed=True),
         )  # fmt: skip
 
 
@@ -164,7 +163,7 @@ def _products(lin: Linearization, s_v: Streams, s_u: Streams, mixed: Mixed) -> T
         a_uv, a_v, a_u = mixed.a[l - 1], s_v.a_dot[l - 1], s_u.a_dot[l - 1]
         z_bar = None if a_uv is None else given(lin.z_bar[l])
         bar_v, bar_u = given(s_v.z_bar_dot[l]), given(s_u.z_bar_dot[l])
-        if gemm.torch_is_faster(d, d_below, (1 if l == 1 else 2 * K + 1) * N, M, out):
+        if lin.torch_is_faster(d, d_below, (1 if l == 1 else 2 * K + 1) * N, M):
             for m in range(M):
                 terms = [(bar_uv[m], below[m % len(below)])]
                 if z_bar is not None and a_uv is not None:
@@ -180,7 +179,7 @@ def _products(lin: Linearization, s_v: Streams, s_u: Streams, mixed: Mixed) -> T
         launch(
             mixed_product_layer, M * num_tiles(d, d_below, tile),
             bar_uv, below, z_bar, a_uv, bar_v, bar_u, a_v, a_u, W, b,
-            N, d, d_below, K, lin.below_m(l), lin.P, **constants(tile),
+            N, d, d_below, K, lin.below_m(l), lin.P, **lin.constants(tile),
         )  # fmt: skip
     return out
 

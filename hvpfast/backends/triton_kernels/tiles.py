@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-DEPTH = 16  # of one step of a sum, the least of tl.dot
+DEPTH = tl.constexpr(16)  # of one step of a sum, the least of tl.dot
 
 
 class Tile(NamedTuple):
@@ -58,8 +58,9 @@ def own_tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add_product(
-    sum, a, a_row, a_depth, b, b_depth, b_column, rows, columns, i, j, depth, DEPTH: tl.constexpr
-):
+    sum, a, a_row, a_depth, b, b_depth, b_column, rows, columns, i, j, depth,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """Sum + A B for rows i, columns j: A[i, d] at a + i a_row + d a_depth, B[d, j] likewise."""
     inner = tl.arange(0, DEPTH)
     a_tile = a + i.to(tl.int64)[:, None] * a_row + inner[None, :] * a_depth
@@ -68,7 +69,7 @@ def add_product(
         left = depth - start
         a_part = tl.load(a_tile, mask=(i[:, None] < rows) & (inner[None, :] < left), other=0.0)
         b_part = tl.load(b_tile, mask=(inner[:, None] < left) & (j[None, :] < columns), other=0.0)
-        sum = tl.dot(a_part, b_part, sum, input_precision="ieee", out_dtype=sum.dtype)
+        sum = tl.dot(a_part, b_part, sum, input_precision=PRECISION, out_dtype=sum.dtype)
         a_tile += DEPTH * a_depth
         b_tile += DEPTH * b_depth
     return sum

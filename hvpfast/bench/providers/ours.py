@@ -17,7 +17,7 @@ from hvpfast.bench.providers.base import Prepared
 from hvpfast.bench.providers.torch_eager import step_outputs
 from hvpfast.bench.providers.torch_plain import flat_model, sequential_model
 
-RECORDED = ("cuda", "triton")  # backends whose work is timed as a CUDA graph too
+RECORDED = ("cuda", "triton", "triton_tf32x3")  # backends whose work is timed as a CUDA graph too
 
 
 def spec_of(problem: Problem) -> hf.MLPSpec:
