@@ -215,6 +215,38 @@ def test_labels_out_of_range_are_told_when_the_loss_is_read() -> None:
     assert one.penalty(ProbeSource(1, "normal", 0), False).loss.isnan(), "unread, never a number"
 
 
+def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvpfast.backends.triton_kernels import memory
+    from hvpfast.backends.triton_kernels.linearization import Linearization
+
+    def none_left(self: Linearization, *shape: int) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    spec = hf.MLPSpec((3, 4, 2), "tanh")
+    P, x, y = spec.num_params, torch.zeros(5, 3, device=DEVICE), torch.zeros(5, 2, device=DEVICE)
+    params, V = torch.zeros(P, device=DEVICE), torch.zeros(7, P, device=DEVICE)
+    y = y[:, 0].long()
+    state = triton.linearize(spec, params, x, y, 3)
+    penalty = state.penalty(V, False)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2000)
+    with monkeypatch.context() as patched:
+        patched.setattr(Linearization, "empty", none_left)
+        for operation, call, fits in (
+            ("hvp", lambda: state.hvp(V, False), 2000 // (4 * (2 * 5 * 6 + P))),
+            ("quadratic", lambda: state.quadratic(V, False), 2000 // (4 * 2 * 5 * 6)),
+            ("hvp_vjp", lambda: state.hvp_vjp(V, V, True), 2000 // (4 * 8 * 5 * 6)),
+            ("penalty", lambda: state.penalty(V, False), 2000 // (4 * (4 * 5 * 6 + 2 * P))),
+            ("penalty", lambda: state.penalty(ProbeSource(7, "normal", 0), False), 2),
+            ("penalty gradient", lambda: penalty.gradient(1.0, 1.0), 3),
+        ):
+            text = rf"^{operation} of 1 model.* 7 tangents .* 2 kB .* about {fits} tangents"
+            with pytest.raises(MemoryError, match=text):
+                call()
+        with pytest.raises(MemoryError, match=r"linearize of 1 model.* 5 samples .* about 13 "):
+            triton.linearize(spec, params, x, y, 3)
+    assert state.hvp(V, False).shape == (7, P), "nothing is broken by it"
+
+
 def test_nothing_counts() -> None:
     spec = hf.MLPSpec((3, 4))
     x, y = torch.zeros(2, 3, device=DEVICE), torch.full((2,), -100, device=DEVICE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from hvpfast import capture
 from hvpfast.backends.one_model import OneModel
+from hvpfast.backends.triton_kernels.memory import explained
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
 
 if TYPE_CHECKING:
-    from hvpfast.backends.triton_kernels.linearization import Linearization
     from hvpfast.backends.triton_kernels.penalty import Penalty
 
 NAME = "triton"
@@ -77,29 +78,44 @@ def linearize(
 
     ``precision`` of the products in float32: ``"ieee"`` or ``"tf32x3"``.
     """
-    from hvpfast.backends.triton_kernels.linearization import Linearization
-
     rows = params.unsqueeze(0) if isinstance(params, Tensor) else params
-    return TritonState(TritonModelsState(Linearization(spec, rows, x, y, order, precision), y))
+    return TritonState(TritonModelsState(spec, rows, x, y, order, precision))
 
 
 def linearize_models(
     spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int, precision: str = "ieee"
 ) -> TritonModelsState:
     """M states in one: params (M, P), x (M, N, D[0]) or (N, D[0]), y likewise."""
-    from hvpfast.backends.triton_kernels.linearization import Linearization
-
-    return TritonModelsState(Linearization(spec, params, x, y, order, precision), y)
+    return TritonModelsState(spec, params, x, y, order, precision)
 
 
 class TritonModelsState:
-    """M models of one network, each at its own point; K tangents are (M, K, P)."""
+    """M models of one network, each at its own point; K tangents are (M, K, P).
+
+    Where memory runs out every operation raises MemoryError, which says what fits.
+    """
 
     __slots__ = ("_lin", "_read", "_y")
 
-    def __init__(self, lin: Linearization, y: Tensor) -> None:
-        self._lin, self._y = lin, y
+    def __init__(
+        self,
+        spec: MLPSpec,
+        params: Tensor | Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        order: int,
+        precision: str,
+    ) -> None:
+        from hvpfast.backends.triton_kernels.linearization import Linearization
+
+        M = len(params) if isinstance(params, Tensor) else 1
+        with explained(spec, M, x, "linearize"):
+            self._lin = Linearization(spec, params, x, y, order, precision)
+        self._y = y
         self._read = False  # whether the losses were, and labels out of range told
+
+    def _explained(self, operation: str, K: int) -> AbstractContextManager[None]:
+        return explained(self._lin.spec, self._lin.M, self._lin.like, operation, K)
 
     @property
     def loss(self) -> Tensor:
@@ -139,52 +155,59 @@ class TritonModelsState:
         """H_m v_mk, or with ``ggn`` G_m v_mk, (M, K, P)."""
         from hvpfast.backends.triton_kernels.tangents import hvp
 
-        return hvp(self._lin, tangents, ggn)
+        with self._explained("hvp", tangents.shape[1]):
+            return hvp(self._lin, tangents, ggn)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
         """v_mk' H_m v_mk, (M, K)."""
         from hvpfast.backends.triton_kernels.tangents import quadratic
 
-        return quadratic(self._lin, tangents, ggn)
+        with self._explained("quadratic", tangents.shape[1]):
+            return quadratic(self._lin, tangents, ggn)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         """d sum_k <u_mk, H_m v_mk> / d params_m, (M, P)."""
         from hvpfast.backends.triton_kernels.third_order import hvp_vjp
 
-        return hvp_vjp(self._lin, tangents, cotangents, ggn)
+        with self._explained("hvp_vjp", tangents.shape[1]):
+            return hvp_vjp(self._lin, tangents, cotangents, ggn)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
         """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
         from hvpfast.backends.triton_kernels.penalty import Penalty
         from hvpfast.backends.triton_kernels.probes import draw
 
-        if isinstance(probes, ProbeSource):
-            source, probes = probes, self._lin.empty(self._lin.M, probes.num_probes, self._lin.P)
-            draw(probes, source.distribution, source.seed, source.first)
-        return TritonModelsPenalty(self._lin, Penalty(self._lin, probes, ggn))
+        K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
+        with self._explained("penalty", K):
+            if isinstance(probes, ProbeSource):
+                source, probes = probes, self._lin.empty(self._lin.M, K, self._lin.P)
+                draw(probes, source.distribution, source.seed, source.first)
+            penalty = Penalty(self._lin, probes, ggn)
+        return TritonModelsPenalty(self, penalty)
 
 
 class TritonModelsPenalty:
     """The penalties of M models, for their gradients."""
 
-    __slots__ = ("_lin", "_penalty")
+    __slots__ = ("_penalty", "_state")
 
-    def __init__(self, lin: Linearization, penalty: Penalty) -> None:
-        self._lin, self._penalty = lin, penalty
+    def __init__(self, state: TritonModelsState, penalty: Penalty) -> None:
+        self._state, self._penalty = state, penalty
 
     @property
     def loss(self) -> Tensor:
         """The losses (M,)."""
-        return self._lin.loss
+        return self._state._lin.loss
 
     @property
     def penalty(self) -> Tensor:
         """The penalties (M,)."""
-        return self._penalty.value.to(self._lin.like.dtype)
+        return self._penalty.value.to(self._state._lin.like.dtype)
 
     def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
         """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""
-        return self._penalty.gradient(g_loss, g_penalty)
+        with self._state._explained("penalty gradient", self._penalty.K):
+            return self._penalty.gradient(g_loss, g_penalty)
 
 
 class TritonState(OneModel[TritonModelsState]):

@@ -30,6 +30,7 @@ class Penalty:
     def __init__(self, lin: Linearization, probes: Tensor, ggn: bool) -> None:
         self._lin, self._ggn = lin, ggn
         M, K, P = probes.shape
+        self.K = K
         self._v = Rows(lin.layout, probes.flatten(0, 1))
         self._s = r_forward(lin, self._v, K)
         r_backward(lin, self._v, self._s, ggn, keep=True)
@@ -49,8 +50,8 @@ class Penalty:
     def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
         """d(g_loss * loss + g_penalty * penalty) / d params (M, P), for numbers or (M,)."""
         # The cotangents are scaled, not the result: the loss gradient joins the same sums.
-        lin, K = self._lin, self._s.K
-        scale = g_penalty * (2.0 / K)
+        lin = self._lin
+        scale = g_penalty * (2.0 / self.K)
         u = self._rows(self._u * _per_model(scale, 3))
         z_dot_u1 = None if self._z_dot_u1 is None else self._z_dot_u1 * _per_model(scale, 4)
         loss_bar = given(lin.z_bar[lin.L]) * _per_model(g_loss, 3)
