@@ -244,6 +244,8 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
   m.def("set_machine", [](int driver, int devices, int shared_bytes) {
     emulation::runtime.driver = driver, emulation::runtime.devices = devices;
     emulation::runtime.shared_bytes = shared_bytes;
+    emulation::runtime.allowed.clear();
+    emulation::runtime.knows_streams = driver >= 12080;
   });
 #endif
 }

@@ -55,9 +55,11 @@ class _Captured:
 
     def _linearize(self, order: int) -> Linearization:
         data = self._data
-        return linearize(
+        # What it holds outside the recording's own memory lives as long as the recording.
+        self._lin = linearize(
             self.spec, self._params, data["x"], data["y"], backend=self.backend, order=order
         )
+        return self._lin
 
     def check(self) -> None:
         """Wait for the device and look at the last call's data and loss.

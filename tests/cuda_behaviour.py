@@ -61,6 +61,25 @@ def test_drawn_probes_are_the_same_bits(
     assert torch.equal(drawn.gradient(0.5, 2.0), rows.gradient(0.5, 2.0))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "N"), [((8, 32, 32, 5), 16), ((16, 32, 32, 2), 16), ((16, 16, 16, 5), 32)], ids=str
+)
+def test_shared_memory_near_what_blocks_have_unasked(sizes: tuple[int, ...], N: int) -> None:
+    """Dynamic shared memory of 46 to 48 KiB: with the static part it is more than 48 KiB."""
+    case = Case(hf.MLPSpec(sizes, "tanh"), N, 2, torch.float32)
+    q = placed(case)
+    lin, reference = (
+        hf.linearize(case.spec, q.params, q.x, q.y, backend=name) for name in ("cuda", "reference")
+    )
+    assert "inside one launch" in lin.explain()
+    for call in (
+        lambda lin: hf.hvp(lin, q.tangents),
+        lambda lin: hf.quadratic_form(lin, q.tangents),
+        lambda lin: hf.penalty(lin, q.tangents)[2],
+    ):
+        torch.testing.assert_close(call(lin), call(reference), rtol=1e-3, atol=1e-4)
+
+
 def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
     """Every operation from linearize on."""
     q = placed(case)
@@ -231,8 +250,11 @@ def test_bad_addresses_are_refused() -> None:
     with pytest.raises(ValueError, match="params starts at an address"):
         cuda.linearize(spec, crooked, x, y, 3)
     point = cuda.linearize(spec, params, x, y, 3)._models._point
+    foreign = ENGINE.Where(0, 0x100, 0, 0)
     with pytest.raises(ValueError, match="stream belongs to CUDA device 1"):
-        point.gradient(params.data_ptr(), ENGINE.Where(0, 0x100, 0, 0))
+        point.gradient(params.data_ptr(), foreign)
+    ENGINE.set_machine(12060, 1, 96 << 10)  # a driver that cannot tell
+    point.gradient(params.data_ptr(), foreign)
 
 
 def test_bad_input_is_refused() -> None:

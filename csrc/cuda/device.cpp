@@ -63,7 +63,12 @@ void check_stream(cudaStream_t stream, int device) {
 #if CUDART_VERSION >= 12080
   if (!stream) return;  // the default stream is the current device's
   int owner = device;
-  check(cudaStreamGetDevice(stream, &owner), "cudaStreamGetDevice");
+  const cudaError_t code = cudaStreamGetDevice(stream, &owner);
+  if (code == cudaErrorCallRequiresNewerDriver) {  // one of CUDA 12.7 or older cannot tell
+    cudaGetLastError();
+    return;
+  }
+  check(code, "cudaStreamGetDevice");
   if (owner != device)
     throw std::invalid_argument("the stream belongs to CUDA device " + std::to_string(owner) +
                                 ", the tensors are on device " + std::to_string(device));

@@ -55,7 +55,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
                                 " blocks, more than a launch can have; take fewer tangents");
   const dim3 grid{unsigned(blocks), 1, 1}, block{unsigned(threads), 1, 1};
 #if defined(HVPFAST_EMULATE)
-  check(emulation::launch(grid, block, shared_bytes, [&] { kernel(Parameters(args)...); }), name);
+  check(emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                          [&] { kernel(Parameters(args)...); }),
+        name);
   static_cast<void>(stream);
 #else
   std::tuple<Parameters...> values(args...);
@@ -70,12 +72,15 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 #endif
 }
 
-// Bytes of dynamic shared memory beyond the 48 KiB that every kernel may have.
+// Shared memory, static and dynamic together, that a block may have without asking.
+constexpr size_t kDefaultSharedBytes = 48 << 10;
+
+// Lets blocks of a kernel have so much dynamic shared memory.
 template <class... Parameters>
 void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
 #if defined(HVPFAST_EMULATE)
-  check(emulation::call(), "cudaFuncSetAttribute");
-  static_cast<void>(kernel), static_cast<void>(bytes);
+  check(emulation::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes),
+        "cudaFuncSetAttribute");
 #else
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                              cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),

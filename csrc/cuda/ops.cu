@@ -103,13 +103,12 @@ template <class T>
 bool Linearization<T>::small(const Call& call, int64_t K,
                              std::initializer_list<SmallOp> operations) const {
   constexpr int64_t kMostMacs = 1 << 18;  // of one product with all weights
-  constexpr size_t kStatic = 4096;        // shared memory of the sums
   if (L_ > kSmallLayers) return false;
   if (points_.N * layout_.P > kMostMacs && points_.M * K < call.device.multiprocessors)
     return false;
   const SmallTask<T> t = task(nullptr, 1, true);
   for (SmallOp op : operations)
-    if (small_bytes(op, t) + kStatic > call.device.shared_bytes) return false;
+    if (small_bytes(op, t) + kStaticSharedBytes > call.device.shared_bytes) return false;
   return true;
 }
 
@@ -256,6 +255,8 @@ void Linearization<T>::hvp_vjp(Call& call, const T* tangents, const T* cotangent
 
 // With few samples the first layer's block of u = H v is never formed (csrc/cpu/penalty.h):
 //   ||u_1||^2 = <G, Gamma G>,   u_1 [x; 1] = Gamma G,   G = z_bar_dot_1, Gamma = X X' + 1 1'
+// Normal probes have all layers all the same: N dependent steps to factor Gamma take longer here
+// than V_1 does.
 template <class T>
 bool Linearization<T>::gram_pays() const {
   return L_ >= 2 && points_.N <= 256 && points_.N < net_.D[0] &&
@@ -346,12 +347,14 @@ void Linearization<T>::penalty(Call& call, const Tangents<T>& tangents, int64_t 
   run.models(MeanOverTangents{totals, int(K), value});
 }
 
-// out = scale in
+// out = scale in for the entries `first`..P of rows (rows, P)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(const T* in, T scale, int64_t size, T* out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < size) out[i] = scale * in[i];
+    scale_kernel(const T* in, T scale, int64_t rows, int64_t P, int64_t first, T* out) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, width = P - first;
+  if (i >= rows * width) return;
+  const int64_t at = i / width * P + first + i % width;
+  out[at] = scale * in[at];
 }
 
 template <class T>
@@ -367,11 +370,11 @@ void Linearization<T>::penalty_gradient(Call& call, const Tangents<T>& tangents,
   }
   const T* v = kept_rows(call, tangents, K, false);
   const Kept k = kept(*call.kept, K);
-  const int64_t size = points_.M * K * layout_.P;
-  T* u = call.workspace.take<T>(size);
+  const int64_t rows = points_.M * K, P = layout_.P, first = gram_pays() ? layout_.weight[2] : 0;
+  T* u = call.workspace.take<T>(rows * P);
   if (!call.counting())
-    launch("a scaling", scale_kernel<T>, (size + kThreads - 1) / kThreads, kThreads, 0, call.stream,
-           k.u, scale, size, u);
+    launch("a scaling", scale_kernel<T>, (rows * (P - first) + kThreads - 1) / kThreads, kThreads,
+           0, call.stream, k.u, scale, rows, P, first, u);
   third_order(call, v, k.v, u, k.z_dot_u1, scale, T(g_loss), curvature == Curvature::kHessian, out);
 }
 

@@ -293,7 +293,9 @@ void run_small(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M) {
   if (call.counting()) return;
   const auto go = [&](void (*kernel)(SmallTask<T>)) {
     const size_t bytes = small_bytes(op, task);
-    if (bytes > (48 << 10)) allow_shared_bytes(kernel, bytes);
+    // All threads of a program ask for the same, the most: none takes it from another's launch.
+    if (bytes + kStaticSharedBytes > kDefaultSharedBytes)
+      allow_shared_bytes(kernel, call.device.shared_bytes - kStaticSharedBytes);
     launch("an operation of a small network", kernel, M * task.groups, kThreads, bytes, call.stream,
            task);
   };

@@ -32,7 +32,10 @@ struct SmallTask {
 };
 static_assert(sizeof(SmallTask<double>) <= 4000, "the arguments of a kernel have 4 KiB");
 
-// Shared memory of a block that runs the operation.
+// Static shared memory of a block, that of its sums, at most.
+constexpr size_t kStaticSharedBytes = 4096;
+
+// Dynamic shared memory of a block that runs the operation.
 template <class T>
 size_t small_bytes(SmallOp op, const SmallTask<T>& task);
 

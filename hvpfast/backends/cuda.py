@@ -51,6 +51,8 @@ def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) 
         return f"its kernels are compiled for compute capability 8.0 and newer; {device} is older"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64; these are {dtype}"
+    if spec.num_params >= 2**31:
+        return f"it takes fewer than 2**31 parameters; these are {spec.num_params}"
     return None
 
 

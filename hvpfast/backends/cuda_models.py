@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from hvpfast.backends.streams import HiddenMemory
 from hvpfast.checks import label_message
-from hvpfast.memory import available_bytes, bytes_text
+from hvpfast.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
 
@@ -119,6 +120,8 @@ class CudaModelsState:
         self._point.linearize(
             self._residuals.data_ptr(), self._residuals.nbytes, self.scalars.data_ptr(), where
         )
+        inputs = (params, x, y) if isinstance(params, Tensor) else (*params, x, y)
+        self._hidden = HiddenMemory([self._residuals, self.scalars, *inputs])
 
     @property
     def loss(self) -> Tensor:
@@ -215,6 +218,8 @@ class CudaModelsState:
         The caller holds the workspace until the work is queued: the caching allocator gives its
         memory to later work of the same stream only.
         """
+        if operation != "linearize":
+            self._hidden.used()
         key = operation, K, ggn, None if source is None else source.distribution
         sizes = self._sizes.get(key)
         if sizes is None:
@@ -227,7 +232,9 @@ class CudaModelsState:
                 torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
                 for size in (workspace_bytes, kept_bytes)
             )
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             self._out_of_memory(operation, K, ggn, source, workspace_bytes + kept_bytes, error)
         return self._where(workspace), workspace, kept
 
@@ -295,6 +302,8 @@ class CudaModelsPenalty:
             self._kept.nbytes,
             where,
         )
+        rows = [] if self._tangents is None else [self._tangents]
+        self._hidden = HiddenMemory([self._kept, self.values, *rows])
 
     def _given(self) -> tuple[int, _cuda.Probes | None]:
         """The address of the tangents, or their source."""
@@ -310,11 +319,13 @@ class CudaModelsPenalty:
     @property
     def penalty(self) -> Tensor:
         """The penalties, (M,)."""
+        self._hidden.used()
         return self.values.to(self._state._dtype, copy=True)
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
         """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
         state, K = self._state, self._K
+        self._hidden.used()
         out = state._empty(state._spec.num_params)
         where, _workspace, _ = state._memory(
             "penalty_gradient", K, self._ggn, self._source, keep=False

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hvpfast import capture
 from hvpfast.backends.one_model import OneModel
+from hvpfast.backends.streams import HiddenMemory
 from hvpfast.backends.triton_kernels.memory import explained
 from hvpfast.probes import ProbeSource
 from hvpfast.spec import MLPSpec
@@ -95,7 +96,7 @@ class TritonModelsState:
     Where memory runs out every operation raises MemoryError, which says what fits.
     """
 
-    __slots__ = ("_lin", "_read", "_y")
+    __slots__ = ("_hidden", "_lin", "_read", "_y")
 
     def __init__(
         self,
@@ -111,10 +112,13 @@ class TritonModelsState:
         M = len(params) if isinstance(params, Tensor) else 1
         with explained(spec, M, x, "linearize"):
             self._lin = Linearization(spec, params, x, y, order, precision)
+        inputs = [params] if isinstance(params, Tensor) else list(params)
+        self._hidden = HiddenMemory([*self._lin.kept, *inputs, x, y])
         self._y = y
         self._read = False  # whether the losses were, and labels out of range told
 
-    def _explained(self, operation: str, K: int) -> AbstractContextManager[None]:
+    def _running(self, operation: str, K: int) -> AbstractContextManager[None]:
+        self._hidden.used()
         return explained(self._lin.spec, self._lin.M, self._lin.like, operation, K)
 
     @property
@@ -149,27 +153,28 @@ class TritonModelsState:
 
     def gradient(self) -> Tensor:
         """Gradients d loss_m / d params_m, (M, P)."""
+        self._hidden.used()
         return self._lin.gradient()
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
         """H_m v_mk, or with ``ggn`` G_m v_mk, (M, K, P)."""
         from hvpfast.backends.triton_kernels.tangents import hvp
 
-        with self._explained("hvp", tangents.shape[1]):
+        with self._running("hvp", tangents.shape[1]):
             return hvp(self._lin, tangents, ggn)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
         """v_mk' H_m v_mk, (M, K)."""
         from hvpfast.backends.triton_kernels.tangents import quadratic
 
-        with self._explained("quadratic", tangents.shape[1]):
+        with self._running("quadratic", tangents.shape[1]):
             return quadratic(self._lin, tangents, ggn)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         """d sum_k <u_mk, H_m v_mk> / d params_m, (M, P)."""
         from hvpfast.backends.triton_kernels.third_order import hvp_vjp
 
-        with self._explained("hvp_vjp", tangents.shape[1]):
+        with self._running("hvp_vjp", tangents.shape[1]):
             return hvp_vjp(self._lin, tangents, cotangents, ggn)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
@@ -178,7 +183,7 @@ class TritonModelsState:
         from hvpfast.backends.triton_kernels.probes import draw
 
         K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
-        with self._explained("penalty", K):
+        with self._running("penalty", K):
             if isinstance(probes, ProbeSource):
                 source, probes = probes, self._lin.empty(self._lin.M, K, self._lin.P)
                 draw(probes, source.distribution, source.seed, source.first)
@@ -189,10 +194,11 @@ class TritonModelsState:
 class TritonModelsPenalty:
     """The penalties of M models, for their gradients."""
 
-    __slots__ = ("_penalty", "_state")
+    __slots__ = ("_hidden", "_penalty", "_state")
 
     def __init__(self, state: TritonModelsState, penalty: Penalty) -> None:
         self._state, self._penalty = state, penalty
+        self._hidden = HiddenMemory(penalty.kept)
 
     @property
     def loss(self) -> Tensor:
@@ -202,11 +208,13 @@ class TritonModelsPenalty:
     @property
     def penalty(self) -> Tensor:
         """The penalties (M,)."""
+        self._hidden.used()
         return self._penalty.value.to(self._state._lin.like.dtype)
 
     def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
         """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""
-        with self._state._explained("penalty gradient", self._penalty.K):
+        self._hidden.used()
+        with self._state._running("penalty gradient", self._penalty.K):
             return self._penalty.gradient(g_loss, g_penalty)
 
 

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -26,6 +27,7 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorCallRequiresNewerDriver = 36,
   cudaErrorNoDevice = 100,
   cudaErrorLaunchFailure = 719
 };
@@ -51,6 +53,8 @@ struct Runtime {
   cudaError_t last = cudaSuccess;
   int driver = 13000, devices = 1;
   int shared_bytes = 96 << 10;
+  std::map<const void*, size_t> allowed;  // dynamic shared memory of kernels that have asked
+  bool knows_streams = true;              // the driver tells a stream's device
 };
 inline Runtime runtime;
 
@@ -160,10 +164,23 @@ class Block {
 
 inline unsigned char* dynamic_shared() { return Block::instance().dynamic_shared(); }
 
-inline cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes,
+// Static shared memory counts against all limits; no kernel has more than this of it.
+constexpr size_t kStaticBytes = 4096;
+
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (cudaError_t error = call()) return error;
+  if (bytes + kStaticBytes > size_t(runtime.shared_bytes))
+    return runtime.last = cudaErrorInvalidValue;
+  runtime.allowed[kernel] = bytes;
+  return cudaSuccess;
+}
+
+inline cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                           const std::function<void()>& body) {
   if (cudaError_t error = call()) return error;
-  if (block.x > unsigned(Block::kMost) || shared_bytes > size_t(runtime.shared_bytes))
+  const auto asked = runtime.allowed.find(kernel);
+  const size_t most = asked == runtime.allowed.end() ? (48 << 10) - kStaticBytes : asked->second;
+  if (block.x > unsigned(Block::kMost) || shared_bytes > most)
     return runtime.last = cudaErrorInvalidValue;
   gridDim = grid;
   for (unsigned b = 0; b < grid.x; ++b) {
@@ -226,6 +243,8 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
 }
 inline cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
   *device = int(reinterpret_cast<uintptr_t>(stream) >> 8);  // stream 0x100 is of device 1
+  if (!emulation::runtime.knows_streams)
+    return emulation::runtime.last = cudaErrorCallRequiresNewerDriver;
   return emulation::call();
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -18,7 +18,7 @@ void jets(int activation, int n, const T* z, T* out) {
 template <class T>
 double cross_entropy(int C, const T* z, T w, T* u, const T* of_u, const T* v, T* p, T* d3) {
   double result = 0;
-  check(emulation::launch({}, {unsigned(kTeam), 1, 1}, 0,
+  check(emulation::launch(nullptr, {}, {unsigned(kTeam), 1, 1}, 0,
                           [&] {
                             using Real = TeamReal<T, Comers::kWarp>;
                             const T log_sum = softmax<Real>(z, C, 1, p);

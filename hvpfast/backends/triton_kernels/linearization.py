@@ -138,11 +138,15 @@ class Linearization:
         return self.summary[:, 1]
 
     @property
+    def kept(self) -> list[Tensor]:
+        """The residuals."""
+        layers = [*self.a[1:], *self.s1, *self.s2, *self.z_bar, *self.z, *self.a_bar]
+        return [t for t in (*layers, self.p, self.weight, self.summary) if t is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of residuals."""
-        kept = [*self.a[1:], *self.s1, *self.s2, *self.z_bar, *self.z, *self.a_bar]
-        kept += [self.p, self.weight, self.summary]
-        return sum(t.nbytes for t in kept if t is not None)
+        return sum(t.nbytes for t in self.kept)
 
     def loss_values(self, y: Tensor) -> list[float]:
         """The losses as numbers; waits for the device.

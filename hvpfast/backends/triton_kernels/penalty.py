@@ -4,6 +4,10 @@ The gradient is merged with that of the loss. With few samples, N < D[0], the fi
 of u = H v is never formed: G = z_bar_dot_1 gives u_1 = [X 1]' G, and
 
     ||u_1||^2 = <G, Gamma G>,   u_1 [x; 1] = Gamma G,   Gamma = X X' + 1 1'   (exact)
+
+Normal probes have all layers, where csrc/cpu/penalty.h draws the first layer's N(0, Gamma) itself:
+to factor Gamma takes N steps one after the other, on a GPU a microsecond each or more. At N = 64,
+3072-256 that is what drawing V_1 and multiplying by it takes for some fifteen probes.
 """
 
 from __future__ import annotations
@@ -43,6 +47,13 @@ class Penalty:
         self._u = lin.empty(M, K, P - self._first)
         rest = products(lin, self._s, self._rows(self._u), ggn, first=1 if norms is None else 2)
         self.value = (rest if norms is None else rest + norms).mean(1)  # (M,) float64
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """What the gradient needs, and the value."""
+        s = self._s
+        layers = [*self._v.W, *s.z_dot, *s.a_dot, *s.a_bar_dot, *s.z_bar_dot]
+        return [t for t in (*layers, self._u, self._z_dot_u1, self.value) if t is not None]
 
     def _rows(self, u: Tensor) -> Rows:
         return Rows(self._lin.layout, u.flatten(0, 1), self._first)
