@@ -74,7 +74,11 @@ class Recording(Generic[Out]):
             # thread_local: what other threads do (a loader that pins memory) is no part of it
             with (
                 torch.cuda.device(device),
-                torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    self._graph,
+                    stream=torch.cuda.Stream(device),  # type: ignore[no-untyped-call]
+                    capture_error_mode="thread_local",
+                ),
             ):
                 self.outputs = call()
         except RuntimeError as error:

@@ -147,7 +147,7 @@ class CapturedStep(_Captured):
     Products, gradient and optimizer are in it. The first calls are ordinary steps, in which
     libraries and optimizer set themselves up; then the step is recorded, once, and replayed. Call t
     (from 0) draws the probes t K ... (t+1) K - 1 of ``hvpfast.probes(P, K, seed=seed, first=t K)``,
-    so a run is the same run recorded or not.
+    so a run is the same run recorded or not; :meth:`seek` goes to another t.
 
     Args:
         spec: the network and its loss.
@@ -205,6 +205,18 @@ class CapturedStep(_Captured):
         self._tangents = _rows(tangents)
         self._calls = 0
         self._recording: capture.Recording[tuple[Tensor, Tensor]] | None = None
+
+    def seek(self, t: int) -> None:
+        """Let the next call draw the probes of call ``t``, for a run that is taken up again.
+
+        Raises:
+            ValueError: ``t`` is no integer >= 0, or the step draws no probes.
+        """
+        if self._counter is None:
+            raise ValueError("this step draws no probes: it was made with tangents=")
+        if not isinstance(t, int) or isinstance(t, bool) or t < 0:
+            raise ValueError(f"t must be an integer >= 0; got {t!r}")
+        self._counter.fill_(t * self._source.num_probes)
 
     def _call(self) -> tuple[Tensor, Tensor]:
         rows = self._tangents["V"]

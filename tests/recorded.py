@@ -102,7 +102,7 @@ class Stand:
         self.active = False
 
     @contextmanager
-    def record(self, graph: Graph, capture_error_mode: str) -> Iterator[None]:
+    def record(self, graph: Graph, stream: object, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         self.graphs.append(graph)
         self.active = True

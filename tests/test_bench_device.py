@@ -17,6 +17,8 @@ from hvpfast.bench.settings import Settings
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),
+    # of an Adam that will be recorded, in its first steps, which are not
+    pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True"),
 ]
 DEEP, FULL = "784-1024-512-256-128-64-10", "784-128-128-10-n60000"
 H100 = {"capability": "9.0", "multiprocessors": 132, "clocks.max.sm": "1980 MHz"}

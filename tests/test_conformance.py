@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 from cases import CASES, SEED, Case, Problem, problem
+from covering import covering_cases
 from helpers import assert_within_reference_error, expectations, one_thread, place
 from torch import Tensor
 
@@ -22,14 +23,15 @@ WEIGHTS = (0.75, 1.5)
 
 def runs() -> list[object]:
     """Case by case, every backend: neighbours share the oracle."""
-    params = []
+    params, few = [], set(covering_cases())
     for case in CASES:
         for name in BACKENDS:
             if name == "reference" and case.dtype != torch.float64:
                 continue  # there it is torch's own arithmetic: the error would be 0 by definition
             reason = refusal(name, case)
             skip = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
-            params.append(pytest.param(name, case, marks=skip, id=f"{name}-{case}"))
+            marks = [skip, pytest.mark.covering] if case in few else [skip]
+            params.append(pytest.param(name, case, marks=marks, id=f"{name}-{case}"))
     return params
 
 

@@ -176,16 +176,21 @@ def test_benchmark_commands_are_understood(tmp_path: Path, dry: bool) -> None:
     seen = []
     for s in table.plan(ROOT, tmp_path, dry=dry):
         if s.name.startswith("bench-"):
-            arguments = parser.parse_args(list(s.command)[3:])
-            assert arguments.deadline < s.limit
+            arguments = parser.parse_args(s.words(s.limit)[3:])
+            assert 10 < arguments.deadline < s.limit
+            assert parser.parse_args(s.words(s.least)[3:]).deadline < s.least
             assert (arguments.run_suite is models.run) == (s.name == "bench-models")
             assert arguments.device == ("cpu" if dry else "cuda")
             seen += getattr(arguments, "cases", [])
-    assert dry or seen == [table.DEEP, table.STEP, table.FULL]
+    assert dry or seen == [table.FULL, table.DEEP, table.STEP]
 
 
 def test_patterns_of_forms_match_what_they_name() -> None:
-    for case, patterns in ((table.STEP, table.STEP_FORMS), (table.FULL, table.FULL_FORMS)):
+    for case, patterns in (
+        (table.DEEP, table.DEEP_FORMS),
+        (table.STEP, table.STEP_FORMS),
+        (table.FULL, table.FULL_FORMS),
+    ):
         known = {
             f"{name}: {form}"
             for operation in KNOWN_CASES[case].operations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +21,22 @@ WEIGHTED = hf.MLPSpec((5, 6, 4), "silu", class_weights=(1.0, 2.0, 0.5, 1.0), lab
 N, K, SEED = 7, 3, 5
 
 
-@pytest.fixture(params=["stand-in", "gpu"])
+engine = SimpleNamespace(backend="reference")  # whose work the running test records
+
+
+@pytest.fixture(params=["stand-in", "reference", "cuda", "triton"])
 def stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU here")
-        yield None
+    """The stand-in and the reference backend, or None and a backend on a GPU."""
+    if request.param == "stand-in":
+        with stand_in(monkeypatch) as found:
+            yield found
         return
-    with stand_in(monkeypatch) as found:
-        yield found
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if (reason := hf.available()[request.param]) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(engine, "backend", request.param)
+    yield None
 
 
 def on(stand: Stand | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -59,10 +67,10 @@ def test_product_follows_data_parameters_and_tangents(
 ) -> None:
     params, x, y, V = point(stand, spec=spec)
     apply = hf.hvp if curvature == "hessian" else hf.ggnvp
-    product = hf.CapturedHVP(spec, params, x, y, V, curvature=curvature, backend="reference")
+    product = hf.CapturedHVP(spec, params, x, y, V, curvature=curvature, backend=engine.backend)
 
     def expected(x: Tensor, y: Tensor, V: Tensor) -> Tensor:
-        return apply(hf.linearize(spec, params, x, y, backend="reference"), V)
+        return apply(hf.linearize(spec, params, x, y, backend=engine.backend), V)
 
     close(product(), expected(x, y, V))
     others, x2, y2, V2 = point(stand, seed=1, spec=spec)
@@ -82,16 +90,16 @@ def test_product_follows_data_parameters_and_tangents(
 def test_product_of_one_direction(stand: Stand | None, layers: bool) -> None:
     flat, x, y, V = point(stand)
     params = [t.clone() for t in SPEC.unflatten(flat)] if layers else flat
-    product = hf.CapturedHVP(SPEC, params, x, y, V[:, 0], backend="reference")
+    product = hf.CapturedHVP(SPEC, params, x, y, V[:, 0], backend=engine.backend)
     out = product(V[:, 1])
     assert out.shape == (SPEC.num_params,)
-    close(out, hf.hvp(hf.linearize(SPEC, params, x, y, backend="reference"), V[:, 1]))
+    close(out, hf.hvp(hf.linearize(SPEC, params, x, y, backend=engine.backend), V[:, 1]))
 
 
 def test_callers_tensors_are_not_written(stand: Stand | None) -> None:
     params, x, y, V = point(stand)
     kept = [t.clone() for t in (params, x, y, V)]
-    product = hf.CapturedHVP(SPEC, params, x, y, V, backend="reference")
+    product = hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
     product(V + 1, x=x + 1, y=(y + 1) % 4)
     for now, before in zip((params, x, y, V), kept, strict=True):
         assert torch.equal(now, before)
@@ -118,7 +126,7 @@ def trained(
     """The same steps without a recording."""
     optimizer, values = momentum(params), []
     for (x, y), V in zip(data, probes, strict=True):
-        lin = hf.linearize(SPEC, params, x, y, backend="reference")
+        lin = hf.linearize(SPEC, params, x, y, backend=engine.backend)
         loss, penalty, gradient = hf.penalty(lin, V, weights=(1.0, 0.1), **options)
         values.append((float(loss), float(penalty)))
         if isinstance(params, Tensor):
@@ -150,7 +158,7 @@ def test_run_is_the_same_recorded_or_not(
     expected = trained(expected_params, data, probes)
     step = hf.CapturedStep(
         SPEC, params, momentum(params), *data[0], num_probes=K, distribution=distribution,
-        seed=SEED, weights=(1.0, 0.1), backend="reference",
+        seed=SEED, weights=(1.0, 0.1), backend=engine.backend,
     )  # fmt: skip
     found = []
     for x, y in data:
@@ -161,6 +169,37 @@ def test_run_is_the_same_recorded_or_not(
         close(a, b)
     if stand is not None:
         assert [graph.replays for graph in stand.graphs] == [STEPS - capture.WARMUPS]
+
+
+def test_a_run_is_taken_up_again(stand: Stand | None) -> None:
+    """With the parameters of an earlier step, and the probes that it had."""
+    flat, x, y, _ = point(stand)
+
+    def made(params: Tensor) -> hf.CapturedStep:
+        return hf.CapturedStep(
+            SPEC, params, torch.optim.SGD([params], lr=0.1), x, y, num_probes=K, seed=SEED,
+            backend=engine.backend,
+        )  # fmt: skip
+
+    params = flat.clone()
+    step = made(params)
+    for _ in range(2):
+        step()
+    middle = params.clone()
+    expected = [tuple(map(float, step())) for _ in range(4)]
+    params.copy_(middle)
+    step.seek(2)
+    assert [tuple(map(float, step())) for _ in range(4)] == expected
+    again = made(middle)
+    again.seek(2)
+    close(torch.tensor([tuple(map(float, again())) for _ in range(4)]), torch.tensor(expected))
+    with pytest.raises(ValueError, match="t must be an integer >= 0; got -1"):
+        step.seek(-1)
+    given = hf.CapturedStep(
+        SPEC, params, momentum(params), x, y, tangents=point(stand)[3], backend=engine.backend
+    )
+    with pytest.raises(ValueError, match="draws no probes"):
+        given.seek(0)
 
 
 def _list(params: Any) -> list[Tensor]:
@@ -174,7 +213,7 @@ def test_given_probes_and_ggn(stand: Stand | None) -> None:
     expected = trained(expected_params, data, probes, curvature="ggn")
     step = hf.CapturedStep(
         SPEC, params, momentum(params), *data[0], tangents=probes[0], weights=(1.0, 0.1),
-        curvature="ggn", backend="reference",
+        curvature="ggn", backend=engine.backend,
     )  # fmt: skip
     found = [tuple(map(float, step(x, y, V))) for (x, y), V in zip(data, probes, strict=True)]
     close(torch.tensor(found), torch.tensor(expected))
@@ -183,7 +222,7 @@ def test_given_probes_and_ggn(stand: Stand | None) -> None:
 
 def test_check_looks_at_labels_and_loss(stand: Stand | None) -> None:
     params, x, y, _ = point(stand)
-    step = hf.CapturedStep(SPEC, params, momentum(params), x, y, seed=0, backend="reference")
+    step = hf.CapturedStep(SPEC, params, momentum(params), x, y, seed=0, backend=engine.backend)
     step.check()  # nothing has run
     for _ in range(STEPS):
         step()
@@ -197,7 +236,7 @@ def test_check_names_a_label_out_of_range(stand: Stand | None) -> None:
     if stand is None:
         pytest.skip("torch's own kernel stops the device at such a label")
     params, x, y, V = point(stand)
-    product = hf.CapturedHVP(SPEC, params, x, y, V, backend="reference")
+    product = hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
     product._data.fill("y", torch.full_like(y, 9))
     with pytest.raises(ValueError, match=r"got y\[0\] = 9"):
         product.check()
@@ -213,7 +252,7 @@ def test_reading_the_device_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) 
             capture.Recording(params.device, "the sum", lambda: params.sum().item())
         monkeypatch.setattr(capture, "recording", lambda like: False)
         with pytest.raises(RuntimeError, match="hessian product cannot be recorded"):
-            hf.CapturedHVP(SPEC, params, x, y, V, backend="reference")
+            hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -229,7 +268,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_inputs_keep_their_shapes(stand: Stand | None) -> None:
     params, x, y, V = point(stand)
-    product = hf.CapturedHVP(SPEC, params, x, y, V, backend="reference")
+    product = hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
     for wrong, error, message in (
         ({"x": x[:3]}, ValueError, r"x must be \(7, 5\), as it was recorded; got \(3, 5\)"),
         ({"x": x.float()}, TypeError, "x must be torch.float64"),
@@ -243,7 +282,7 @@ def test_inputs_keep_their_shapes(stand: Stand | None) -> None:
 
 def test_parameters_stay_where_they_are(stand: Stand | None) -> None:
     params, x, y, V = point(stand)
-    product = hf.CapturedHVP(SPEC, params, x, y, V, backend="reference")
+    product = hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
     params.data = params.clone()
     with pytest.raises(RuntimeError, match="other memory after the recording"):
         product()
@@ -259,7 +298,7 @@ def test_step_refuses_what_it_cannot_mean(stand: Stand | None) -> None:
         hf.CapturedStep(SPEC, params, momentum(params), x, y, num_probes=0)
     with pytest.raises(ValueError, match="curvature must be"):
         hf.CapturedStep(SPEC, params, momentum(params), x, y, curvature="fisher")
-    drawn = hf.CapturedStep(SPEC, params, momentum(params), x, y, backend="reference")
+    drawn = hf.CapturedStep(SPEC, params, momentum(params), x, y, backend=engine.backend)
     with pytest.raises(ValueError, match="this step draws its probes"):
         drawn(tangents=V)
 

@@ -33,6 +33,9 @@ class Step:
         env: variables on top of the caller's.
         missing: why it cannot run on this machine, or "".
         needs: a step without whose success this one makes no sense, or "".
+        least: it is dropped where fewer seconds are left.
+        reserve: seconds before the end of its time after which it is to begin nothing more, told
+            to it as ``--deadline``; 0: it knows no deadline.
         read: what to put into the record of it afterwards; runs after failures and time-outs too.
     """
 
@@ -44,6 +47,14 @@ class Step:
     missing: str = ""
     needs: str = ""
     read: Callable[[], dict[str, Any]] = dict
+    least: float = LEAST
+    reserve: float = 0.0
+
+    def words(self, seconds: float) -> list[str]:
+        """The command where it has so many seconds."""
+        if not self.reserve:
+            return list(self.command)
+        return [*self.command, "--deadline", f"{max(1.0, seconds - self.reserve):.0f}"]
 
 
 class Check:
@@ -89,7 +100,7 @@ class Check:
             limit = min(step.limit, self.left())
             print(f"[{self.budget - self.left():5.0f} s] {step.name}", file=sys.stderr, flush=True)
             try:
-                process = self._start(step)
+                process = self._start(step, limit)
             except OSError as error:
                 self._record(step, "failed", 0.0, None, f"could not be started: {error}")
                 continue
@@ -111,17 +122,17 @@ class Check:
         needed = self.result["steps"].get(step.needs) if step.needs else None
         if needed is not None and needed["status"] != "ok":
             return "skipped", f"it needs {step.needs}, which is {needed['status']}"
-        if self.left() < min(LEAST, step.limit):
+        if self.left() < min(step.least, step.limit):
             return "dropped", f"{max(self.left(), 0):.0f} s of {self.budget:.0f} s were left"
         return None
 
     def _log(self, step: Step) -> Path:
         return self.work / f"{step.name}.log"
 
-    def _start(self, step: Step) -> subprocess.Popen[bytes]:
+    def _start(self, step: Step, seconds: float) -> subprocess.Popen[bytes]:
         with self._log(step).open("wb") as log:
             return subprocess.Popen(
-                list(step.command),
+                step.words(seconds),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -153,7 +164,7 @@ class Check:
             "limit_s": step.limit,
             "exit": code,
             "reason": reason,
-            "command": " ".join([Path(step.command[0]).name, *step.command[1:]]),
+            "command": " ".join([Path(step.command[0]).name, *step.words(step.limit)[1:]]),
             "facts": {},
             "tail": "",
         }

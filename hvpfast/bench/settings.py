@@ -93,12 +93,15 @@ class Settings:
         return list((QUICK_CASES if self.quick else CASES).values())
 
     def cells(self) -> list[tuple[Case, int, str]]:
-        """(case, K, operation); an operation without tangents is run for the first K only."""
+        """(case, K, operation), operations in the order in which they are named.
+
+        An operation without tangents is run for the first K only.
+        """
         return [
             (case, K, operation)
             for case in self.chosen_cases()
             for K in case.num_tangents
-            for operation in case.operations
-            if not self.operations or operation in self.operations
+            for operation in self.operations or case.operations
+            if operation in case.operations
             if operation != "gradient" or case.num_tangents.index(K) == 0
         ]

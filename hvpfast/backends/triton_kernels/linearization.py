@@ -53,6 +53,7 @@ class Linearization:
         z, a_bar: the same, third order and smooth activations only.
         p, weight: softmax (M, N, D[L]) of cross-entropy, and the w (M, N) of losses.py.
         summary: (M, 4) float64, see losses.py.
+        weights: of the classes, where there are any: a recorded CUDA graph reads them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Linearization:
         self.z_bar[L] = self.residual(L)
         self.summary = torch.empty(self.M, 4, dtype=torch.float64, device=x.device)
         self.weight = torch.empty(self.M, self.N, dtype=x.dtype, device=x.device)
+        self.weights: Tensor | None = None
         self.p = self.residual(L) if spec.loss == "cross_entropy" else None
         self._forward()
         self._loss_gradient(y)
@@ -193,7 +195,7 @@ class Linearization:
         cross_entropy = spec.loss == "cross_entropy"
         y_m = y.stride(0) if y.dim() == (2 if cross_entropy else 3) else 0
         if cross_entropy:
-            weights = class_weights(spec, y.device)
+            self.weights = weights = class_weights(spec, y.device)
             launch(
                 weigh_labels, M, y, weights, self.summary, N, C, y_m, spec.ignore_index,
                 MEAN=spec.reduction == "mean", ROWS=LABEL_ROWS,

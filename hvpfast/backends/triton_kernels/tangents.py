@@ -194,7 +194,7 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
             continue
         d, d_below, V, a_dot_below = lin.D[l], lin.D[l - 1], given(v.W[l]), s.a_dot[l - 1]
         sums = None
-        if a_dot_below is not None and gemm.torch_is_faster(N, d, d_below, M * K, V):
+        if a_dot_below is not None and lin.torch_is_faster(N, d, d_below, M * K):
             sums = lin.empty(1, M, K, N, d)
             gemm.multiply_each(a_dot_below, v.W_of_models(l, M).mT, sums[0])
         tile = lin.tile(N, d, M * K)

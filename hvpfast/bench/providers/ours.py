@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hvpfast as hf
+from hvpfast import capture
 from hvpfast.backends import choose
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, PROBE_SEED, Array, Problem
 from hvpfast.bench.providers import torch_common as common
@@ -170,6 +171,15 @@ class Functional:
                 spec, model.flat, optimizer, x, y, num_probes=K, distribution=distribution,
                 seed=PROBE_SEED, weights=PENALTY_WEIGHTS, backend=backend,
             )  # fmt: skip
+
+            for _ in range(
+                capture.WARMUPS + 1
+            ):  # the first are ordinary steps; then it is recorded
+                recorded()
+            restore()
+            for state in optimizer.state[model.flat].values():
+                state.zero_()
+            recorded.seek(0)
 
             def replay() -> Any:
                 recorded()

@@ -8,6 +8,7 @@ against float64, model by model, before anything is timed.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def measure(
         try:
             form = make()
             error = worst(form.rows(form.call()), exact)
-            rows[key].update(errors={"product": [error, own]}, status="checked")
+            finite = error if math.isfinite(error) else None  # JSON has no infinity and no NaN
+            rows[key].update(errors={"product": [finite, own]}, status="checked")
             if not error <= own:  # also when it is NaN
                 rows[key].update(
                     status="wrong", reason=f"error {error:.2e} of its model's, allowed {own:.2e}"
@@ -122,7 +124,7 @@ def measure(
             continue
         ready[key] = form
     del exact
-    _screen(rows, ready)
+    _screen(rows, ready, budget)
     estimates = {key: float(rows[key]["median_s"]) for key in ready}
     turn = sum(
         timing.SETTLE_SECONDS + max(2 * s, timing.TURN_SECONDS + timing.WARM_SECONDS)
@@ -155,7 +157,8 @@ def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((error / scale).max())
 
 
-def _screen(rows: dict[str, dict[str, Any]], ready: dict[str, Form]) -> None:
+def _screen(rows: dict[str, dict[str, Any]], ready: dict[str, Form], budget: float) -> None:
+    """Drop forms whose rounds would take too long; they keep their quick estimate."""
     best: dict[str, float] = {}
     for key in ready:
         provider = rows[key]["provider"]
@@ -164,6 +167,11 @@ def _screen(rows: dict[str, dict[str, Any]], ready: dict[str, Form]) -> None:
         if rows[key]["median_s"] > SCREEN * best[rows[key]["provider"]]:
             rows[key].update(
                 status="screened", reason=f"over {SCREEN} times its provider's best form"
+            )
+            del ready[key]
+        elif MIN_ROUNDS * rows[key]["median_s"] > budget:
+            rows[key].update(
+                status="screened", reason=f"{MIN_ROUNDS} rounds of it take over {budget:g} s"
             )
             del ready[key]
 
