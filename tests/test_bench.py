@@ -242,6 +242,24 @@ def test_interleave_rotates_and_counts() -> None:
     assert all(len(t.seconds) == 3 and t.inner == 1 for t in times.values())
 
 
+def test_a_call_that_breaks_is_left_out() -> None:
+    turns = iter([None, None, ValueError("no more")])
+
+    def breaks() -> None:
+        if (error := next(turns)) is not None:
+            raise error
+
+    told: list[tuple[str, str]] = []
+    calls = {"a": breaks, "b": lambda: None}
+    times = timing.interleave(
+        calls, dict.fromkeys("ab", 0.1), 4, broken=lambda name, e: told.append((name, str(e)))
+    )
+    assert told == [("a", "no more")]
+    assert set(times) == {"b"} and len(times["b"].seconds) == 4
+    with pytest.raises(StopIteration):
+        timing.interleave(calls, dict.fromkeys("ab", 0.1), 1)
+
+
 def test_short_calls_are_repeated_under_the_clock() -> None:
     calls = 0
 

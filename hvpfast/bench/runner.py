@@ -207,6 +207,9 @@ def _cell(
     def tick(done: int) -> None:
         progress.say(f"round {done} of {rounds}")
 
+    def broken(key: str, error: Exception) -> None:
+        rows[key].update(_failed(error))
+
     disturbance = timing.Disturbance()
     times = timing.interleave(
         {key: prepared.call for key, prepared in ready.items()},
@@ -214,6 +217,7 @@ def _cell(
         rounds,
         tick,
         {key: _clock(prepared, settings.device) for key, prepared in ready.items()},
+        broken,
     )
     share = disturbance.share()
     for key, measured in times.items():
@@ -292,7 +296,7 @@ def _check(
         clock = _clock(prepared, gate.problem.device)
         seconds = timing.estimate(prepared.call, clock) if verdict.ok else None
     except Exception as error:  # a provider that breaks is reported, and the run goes on
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}, None
+        return _failed(error), None
     errors = {  # JSON has no infinity and no NaN
         name: [value if math.isfinite(value) else None for value in pair]
         for name, pair in verdict.errors.items()
@@ -301,6 +305,11 @@ def _check(
     if not verdict.ok:
         return {**row, "status": "wrong", "reason": verdict.reason}, None
     return {**row, "status": "checked"}, prepared
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    reason = f"{type(error).__name__}: {error}"[:500]
+    return {"status": "failed", "reason": reason, "median_s": None}
 
 
 def _screen(keys: list[str], rows: dict[str, dict[str, Any]], ready: dict[str, Prepared]) -> None:

@@ -98,6 +98,7 @@ def interleave(
     rounds: int,
     tick: Callable[[int], None] = lambda done: None,
     clocks: Mapping[str, Clock] | None = None,
+    broken: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Times]:
     """Time every call in ``rounds`` rounds.
 
@@ -107,9 +108,10 @@ def interleave(
         rounds: rounds, each with one turn per call.
         tick: told the number of rounds done.
         clocks: by name, what takes the time of a turn; the host's where there is none.
+        broken: told of a call that raises, which is then left out; None: its error goes on.
 
     Returns:
-        Times by name.
+        Times by name, of those that did not break.
     """
     names = list(calls)
     if not names:
@@ -126,13 +128,22 @@ def interleave(
         for done in range(rounds):
             first = done % len(names)
             for name in names[first:] + names[:first]:
+                if name not in seconds:
+                    continue
                 clock = (clocks or {}).get(name, host_seconds)
-                seconds[name].append(_turn(calls[name], warm[name], inner[name], clock))
+                try:
+                    seconds[name].append(_turn(calls[name], warm[name], inner[name], clock))
+                except Exception as error:
+                    if broken is None:
+                        raise
+                    del seconds[name]
+                    broken(name, error)
+                    continue
                 if estimates[name] > COLD_SECONDS:  # its cycles may hold much memory
                     gc.collect()
             gc.collect()
             tick(done + 1)
-    return {n: Times(tuple(seconds[n]), inner[n]) for n in names}
+    return {n: Times(tuple(taken), inner[n]) for n, taken in seconds.items()}
 
 
 def _turn(call: Callable[[], Any], warm: int, inner: int, clock: Clock) -> float:

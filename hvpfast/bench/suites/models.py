@@ -120,7 +120,7 @@ def measure(
                 continue
             rows[key]["median_s"] = timing.estimate(form.call, form.clock)
         except Exception as error:  # a form that breaks is reported, and the run goes on
-            rows[key].update(status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+            rows[key].update(_failed(error))
             continue
         ready[key] = form
     del exact
@@ -137,6 +137,7 @@ def measure(
         estimates,
         rounds,
         clocks={key: form.clock for key, form in ready.items()},
+        broken=lambda key, error: rows[key].update(_failed(error)),
     )
     for key, found in times.items():
         low, high = found.quartiles
@@ -146,6 +147,11 @@ def measure(
         )  # fmt: skip
     share = busy.share()
     return [{**row, "disturbance": share} for row in rows.values()]
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    reason = f"{type(error).__name__}: {error}"[:500]
+    return {"status": "failed", "reason": reason, "median_s": None}
 
 
 def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
