@@ -205,9 +205,10 @@ __device__ void scale_or_square(Block<T>& run, const Net<T, SmallLayers>& net,
   __syncthreads();
 }
 
-// Two blocks per multiprocessor hide each other's barriers, where the registers are enough for two.
+// Two blocks per multiprocessor hide each other's barriers, where registers and shared memory are
+// enough for two.
 template <class T, SmallOp op>
-constexpr int kBlocks = sizeof(T) == 4 && op != SmallOp::kQuadratic ? 2 : 1;
+constexpr int kBlocks = sizeof(T) == 4 && (op == SmallOp::kHvp || op == SmallOp::kSquares) ? 2 : 1;
 
 template <class T, SmallOp op>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, op>)
