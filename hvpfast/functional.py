@@ -76,6 +76,9 @@ def linearize(
 ) -> Linearization:
     """Evaluate the loss at one point and keep what products with its curvature need.
 
+    It can be called while a CUDA graph is recorded, once a first call outside has set up what does
+    not change.
+
     Args:
         spec: the network and its loss.
         params: flat (P,), or the list ``[W1, b1, W2, ...]``; contiguous, used without a copy. Or

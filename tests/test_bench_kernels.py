@@ -72,6 +72,16 @@ def test_a_spill_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert status == 1 and "SPILLS: triton layer sm_90: 8 fp32 X=1" in text
 
 
+def test_functions_have_no_registers_of_their_own() -> None:
+    called = {**row(0, "called"), "registers": 0, "entry": False}
+    text = kernels.render({"rows": [row(0), called], "compilers": {}, "skipped": {}, "failed": {}})
+    lines = [line.split() for line in text.splitlines() if line.startswith("triton")]
+    assert lines == [
+        ["triton", "called", "90", "1", "-", "-", "0"],
+        ["triton", "layer", "90", "1", "40", "0", "0"],
+    ]
+
+
 def test_a_kernel_that_does_not_compile_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

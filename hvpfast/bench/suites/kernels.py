@@ -144,19 +144,27 @@ def _version_of_nvcc() -> str | None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The record as text: per kernel and architecture the most that any variant uses."""
+    """The record as text: per kernel and architecture the most that any variant uses.
+
+    Functions that kernels call have no registers and no shared memory of their own.
+    """
     most: dict[tuple[str, str, int], dict[str, int]] = {}
     for row in result["rows"]:
         key = (row["backend"], row["kernel"], row["capability"])
-        entry = most.setdefault(key, dict.fromkeys(("count", *COLUMNS), 0))
+        entry = most.setdefault(key, dict.fromkeys(("count", "kernels", *COLUMNS), 0))
         entry["count"] += 1
+        entry["kernels"] += row.get("entry", True)
         for name in COLUMNS:
             entry[name] = max(entry[name], row[name])
     lines: list[tuple[str, ...]] = [
         ("backend", "kernel", "sm", "variants", "registers", "shared bytes", "spills")
     ]
     lines += [
-        (key[0], key[1], str(key[2]), str(entry["count"]), *(str(entry[name]) for name in COLUMNS))
+        (
+            *(str(part) for part in key),
+            str(entry["count"]),
+            *(str(entry[n]) if entry["kernels"] or n == "spills" else "-" for n in COLUMNS),
+        )
         for key, entry in sorted(most.items())
     ]
     compilers = ", ".join(f"{k} {v}" for k, v in result["compilers"].items() if v)
