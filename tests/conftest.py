@@ -30,6 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", ignore)
 
 
+# Minutes each, a file to a process: begun first, no other process waits for them at the end.
+LONGEST = ("test_cuda_emulated.py", "test_triton.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # the rest keeps its order
+
+
 class Outcomes:
     """Writes what became of each test as it ends, so that a run that is stopped leaves a record."""
 
