@@ -1,4 +1,4 @@
-"""A job that can be killed at any moment and started again, without importing torch every time."""
+"""Processes to be struck down: jobs started again without importing torch, commands for Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
 """
+
+
+# Tests that run in the background of a shell ignore interrupts, and so would what they start.
+_INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def interruptible(*words: str) -> list[str]:
+    """The command of Python with these arguments, ended by Ctrl-C however the tests were begun."""
+    return [sys.executable, "-c", _INTERRUPTIBLE, *words]
 
 
 class Jobs:

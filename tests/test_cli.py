@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import interruptible
 
 from hvpfast import cli, info
 from hvpfast.studies import arguments, hessian_norm, studies
@@ -127,21 +128,13 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(out)
 
 
-# Tests that run in the background of a shell ignore interrupts, and so would what they start.
-_INTERRUPTIBLE = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_struck_down_resumes_to_the_same_bytes(
     blow: signal.Signals, long: dict[str, bytes], tmp_path: Path
 ) -> None:
     words = [*WORDS, "--seeds", "0-11", "--out", str(tmp_path / "run")]
     environ = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    command = [sys.executable, "-c", _INTERRUPTIBLE, sys.executable, "-m", "hvpfast", *words]
+    command = interruptible("-m", "hvpfast", *words)
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while num_finished(tmp_path / "run") < 8 and time.monotonic() < deadline:

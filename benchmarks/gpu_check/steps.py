@@ -24,6 +24,7 @@ STEP = "train-3072-256-100"
 OURS = ("ours-cuda: *", "ours-triton: *", "ours-reference: *")
 DEEP_FORMS = (*OURS, "torch-eager: *", "torch-func: *", "torch-compile: grad",
               "torch-compile: vjp*", "torch-graphs: eager*", "jax: vjp*")  # fmt: skip
+DEEP_ORDER = ("--operations", "gradient", "hvp_warm", "hvp")  # what compiles longest comes last
 STEP_FORMS = (*OURS, "torch-eager: *", "torch-compile: vjp(grad) *", "torch-graphs: eager*",
               "torch-graphs: compiled: vjp(grad) *", "jax: * vmap")  # fmt: skip
 FULL_FORMS = (*OURS, "torch-eager: *", "torch-func: *", "torch-graphs: eager*", "jax: vjp*")
@@ -60,20 +61,7 @@ def plan(root: Path, work: Path, *, dry: bool = False) -> list[Step]:
         _conformance("cuda", root, work, env, "conformance", processes=cores),
         # Alone on the machine, what the project promises. Every form is judged before it is timed.
         _bench("full", 60, work, env, "--cases", FULL, "--forms", *FULL_FORMS),
-        _bench(
-            "deep",
-            110,
-            work,
-            env,
-            "--cases",
-            DEEP,
-            "--forms",
-            *DEEP_FORMS,
-            "--operations",
-            "gradient",
-            "hvp_warm",
-            "hvp",
-        ),
+        _bench("deep", 110, work, env, *DEEP_ORDER, "--cases", DEEP, "--forms", *DEEP_FORMS),
         _models(75, work, env, "--device", "cuda"),
         _bench("step", 110, work, env, "--cases", STEP, "--forms", *STEP_FORMS),
         _tests("gpu-tests", tests, root, work, env, processes=4),
@@ -207,9 +195,7 @@ def _timed(name: str, limit: float, work: Path, env: dict[str, str], command: li
     env = {**env, **_quiet_jax()}
     read = partial(_rows, out / "bench.json")
     name = f"bench-{name}"
-    return Step(
-        name, name, command, limit, env, read=read, least=WORTH * limit, reserve=RESERVE
-    )  # fmt: skip
+    return Step(name, name, command, limit, env, read=read, least=WORTH * limit, reserve=RESERVE)
 
 
 def _quiet_jax() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -104,6 +105,17 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What a row says of a form that broke."""
+    reason = f"{type(error).__name__}: {error}"[:500]
+    return {"status": "failed", "reason": reason, "median_s": None}
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON can hold it: None for infinity and NaN."""
+    return value if math.isfinite(value) else None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import time
@@ -208,7 +207,7 @@ def _cell(
         progress.say(f"round {done} of {rounds}")
 
     def broken(key: str, error: Exception) -> None:
-        rows[key].update(_failed(error))
+        rows[key].update(record.failure(error))
 
     disturbance = timing.Disturbance()
     times = timing.interleave(
@@ -296,20 +295,12 @@ def _check(
         clock = _clock(prepared, gate.problem.device)
         seconds = timing.estimate(prepared.call, clock) if verdict.ok else None
     except Exception as error:  # a provider that breaks is reported, and the run goes on
-        return _failed(error), None
-    errors = {  # JSON has no infinity and no NaN
-        name: [value if math.isfinite(value) else None for value in pair]
-        for name, pair in verdict.errors.items()
-    }
+        return record.failure(error), None
+    errors = {name: [record.finite(v) for v in pair] for name, pair in verdict.errors.items()}
     row = {"errors": errors, "first_call_s": first, "median_s": seconds}
     if not verdict.ok:
         return {**row, "status": "wrong", "reason": verdict.reason}, None
     return {**row, "status": "checked"}, prepared
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    reason = f"{type(error).__name__}: {error}"[:500]
-    return {"status": "failed", "reason": reason, "median_s": None}
 
 
 def _screen(keys: list[str], rows: dict[str, dict[str, Any]], ready: dict[str, Prepared]) -> None:

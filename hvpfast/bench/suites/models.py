@@ -8,7 +8,6 @@ against float64, model by model, before anything is timed.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,7 @@ def measure(
         try:
             form = make()
             error = worst(form.rows(form.call()), exact)
-            finite = error if math.isfinite(error) else None  # JSON has no infinity and no NaN
-            rows[key].update(errors={"product": [finite, own]}, status="checked")
+            rows[key].update(errors={"product": [record.finite(error), own]}, status="checked")
             if not error <= own:  # also when it is NaN
                 rows[key].update(
                     status="wrong", reason=f"error {error:.2e} of its model's, allowed {own:.2e}"
@@ -120,7 +118,7 @@ def measure(
                 continue
             rows[key]["median_s"] = timing.estimate(form.call, form.clock)
         except Exception as error:  # a form that breaks is reported, and the run goes on
-            rows[key].update(_failed(error))
+            rows[key].update(record.failure(error))
             continue
         ready[key] = form
     del exact
@@ -137,7 +135,7 @@ def measure(
         estimates,
         rounds,
         clocks={key: form.clock for key, form in ready.items()},
-        broken=lambda key, error: rows[key].update(_failed(error)),
+        broken=lambda key, error: rows[key].update(record.failure(error)),
     )
     for key, found in times.items():
         low, high = found.quartiles
@@ -147,11 +145,6 @@ def measure(
         )  # fmt: skip
     share = busy.share()
     return [{**row, "disturbance": share} for row in rows.values()]
-
-
-def _failed(error: Exception) -> dict[str, Any]:
-    reason = f"{type(error).__name__}: {error}"[:500]
-    return {"status": "failed", "reason": reason, "median_s": None}
 
 
 def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
