@@ -1,4 +1,4 @@
-"""Types of the extension module (csrc/bindings.cpp): arrays are passed by address."""
+"""Types of the extension module (csrc/cpu/bindings.cpp): arrays are passed by address."""
 
 from collections.abc import Sequence
 

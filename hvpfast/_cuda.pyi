@@ -1,4 +1,4 @@
-"""Types of the extension module (csrc/bindings_cuda.cpp): arrays are passed by address."""
+"""Types of the extension module (csrc/cuda/bindings.cpp): arrays are passed by address."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,6 +1,6 @@
 """Run by tests/test_cuda_emulated.py: the kernels' formulas, one by one, against definitions.
 
-They are those of the CPU engine (csrc/activations.h, csrc/losses.h) with one number per thread.
+They are those of the CPU engine (csrc/common/activations.h, csrc/common/losses.h) with one number per thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hvpfast.mlp import ACTIVATIONS
 (PATH,) = MODULE.parent.glob("libcuda_formulas*")
 LIBRARY = ctypes.CDLL(str(PATH))
 C_TYPES = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
-# The order of csrc/activations.h.
+# The order of csrc/common/activations.h.
 NAMES = ("identity", "relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus")
 POINTS = (1e-30, 1e-6, 0.1, 0.3, 0.624, 0.626, 1.0, 1.5, 2.0, 3.1, 5.0, 8.0, 12.0, 19.9, 20.1)
 FAR = (25.0, 200.0)

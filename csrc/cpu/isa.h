@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../ops.h"
-#include "../probes.h"
+#include "common/contract.h"
+#include "common/probes.h"
 
 namespace hvpfast {
 

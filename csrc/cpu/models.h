@@ -75,7 +75,7 @@ class ModelsPenalty {
   int64_t P_;
 };
 
-// The operations of ops.h with the models in front.
+// The operations of contract.h with the models in front.
 template <class T>
 class ModelsLinearization {
  public:

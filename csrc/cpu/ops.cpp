@@ -1,8 +1,8 @@
-// The contract of ops.h on the CPU, compiled once per instruction set.
-#include "core_penalty.h"
+// The contract of contract.h on the CPU, compiled once per instruction set.
+#include "exact/core_penalty-inl.h"
 #include "isa.h"
-#include "peak.h"
-#include "penalty.h"
+#include "peak-inl.h"
+#include "penalty-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

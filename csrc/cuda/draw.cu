@@ -1,5 +1,5 @@
 // Probes in bulk, compiled without contraction (probes.h): one counter block per thread.
-#include "../probes.h"
+#include "common/probes.h"
 #include "ops.h"
 
 namespace hvpfast::cuda {

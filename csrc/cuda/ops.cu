@@ -1,5 +1,5 @@
-// The contract of ops.h. Operations of small networks run in one launch (small.h), all others pass
-// by pass over the whole device (grid.h).
+// The contract of common/contract.h. Operations of small networks run in one launch (small.h), all
+// others pass by pass over the whole device (grid.h).
 #include "grid.h"
 #include "ops.h"
 
@@ -253,7 +253,7 @@ void Linearization<T>::hvp_vjp(Call& call, const T* tangents, const T* cotangent
   third_order(call, tangents, v, cotangents, Stack<T>{}, T(1), T(0), hessian, out);
 }
 
-// With few samples the first layer's block of u = H v is never formed (csrc/cpu/penalty.h):
+// With few samples the first layer's block of u = H v is never formed (csrc/cpu/penalty-inl.h):
 //   ||u_1||^2 = <G, Gamma G>,   u_1 [x; 1] = Gamma G,   G = z_bar_dot_1, Gamma = X X' + 1 1'
 // Normal probes have all layers all the same: N dependent steps to factor Gamma take longer here
 // than V_1 does.

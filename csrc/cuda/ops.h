@@ -1,6 +1,7 @@
-// The contract of csrc/ops.h on a GPU, for M models of one network at once: the same operations in
-// the same order. The caller allocates everything (results, residuals, workspace) and says on which
-// stream; nothing here allocates or waits, so every call can be captured in a CUDA graph.
+// The contract of csrc/common/contract.h on a GPU, for M models of one network at once: the same
+// operations in the same order. The caller allocates everything (results, residuals, workspace) and
+// says on which stream; nothing here allocates or waits, so every call can be captured in a CUDA
+// graph.
 //
 // Arrays have the model in front: params (M, P), x (M, N, D[0]), tangents (M, K, P). All addresses
 // are on one device. Each operation runs with a Workspace; a counting one measures it instead.
@@ -8,8 +9,8 @@
 #include <initializer_list>
 #include <memory>
 
-#include "../ops.h"
 #include "call.h"
+#include "common/contract.h"
 #include "small.h"
 #include "stack.h"
 
@@ -96,7 +97,7 @@ class Linearization {
   HostNet net_;
 };
 
-// out (K, P): K probes (csrc/probes.h), by a kernel of their own
+// out (K, P): K probes (csrc/common/probes.h), by a kernel of their own
 template <class T>
 void draw_probes(Call& call, const Probes& probes, int64_t K, int64_t P, T* out);
 

@@ -4,8 +4,8 @@
 //   run.samples(N, K, body)       body.sample(m, k, n) by a team of threads per sample
 //   run.models(body)              body(m) by a block of threads per model
 //   run.sum(rows, cols, K, body)  adds body(m, k, i, j) to the scalar of tangent k
-// The equations of tangents are those of csrc/cpu/tangents.h, of third order
-// csrc/cpu/third_order.h.
+// The equations of tangents are those of csrc/cpu/tangents-inl.h, of third order
+// csrc/cpu/third_order-inl.h.
 #pragma once
 #include "epilogues.h"
 #include "loss_terms.h"

@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "../losses.h"
+#include "common/losses.h"
 #include "dialect.h"
 
 namespace hvpfast::cuda {

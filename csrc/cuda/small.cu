@@ -1,6 +1,6 @@
 // Small networks (small.h): the passes of passes.h by one block of threads.
-#include "../probes.h"  // integers only: normal probes need another compilation (draw.cu)
 #include "block.h"
+#include "common/probes.h"  // integers only: normal probes need another compilation (draw.cu)
 #include "small.h"
 
 namespace hvpfast::cuda {

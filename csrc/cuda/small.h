@@ -8,7 +8,8 @@ namespace hvpfast::cuda {
 
 enum class SmallOp { kPrimal, kGradient, kHvp, kQuadratic, kSquares, kVjp, kPenaltyGradient };
 
-// Rademacher tangents that the blocks draw themselves (csrc/probes.h): number first + m K + k.
+// Rademacher tangents that the blocks draw themselves: number first + m K + k
+// (csrc/common/probes.h).
 struct Signs {
   bool drawn = false;
   uint64_t seed = 0;

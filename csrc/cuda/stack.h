@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../mlp.h"
+#include "common/mlp.h"
 #include "dialect.h"
 
 namespace hvpfast::cuda {

@@ -1,7 +1,7 @@
-// Runs every operation of csrc/ops.h over small odd shapes, for the sanitizers to watch: all
-// activations, losses, both precisions, every instruction set of this processor, one to three
-// threads. Arrays have their exact sizes, so a step beyond one is seen. Along the way: results are
-// finite, symmetric (u'Hv = v'Hu), and the same bits for any thread count.
+// Runs every operation of csrc/common/contract.h over small odd shapes, for the sanitizers to
+// watch: all activations, losses, both precisions, every instruction set of this processor, one to
+// three threads. Arrays have their exact sizes, so a step beyond one is seen. Along the way:
+// results are finite, symmetric (u'Hv = v'Hu), and the same bits for any thread count.
 #include <cmath>
 #include <cstdio>
 #include <limits>

@@ -1,6 +1,6 @@
 """One row per activation: act(z) and its first three derivatives, from the pre-activation z.
 
-The same formulas as csrc/activations.h; a jet is (act, act', act'', act''').
+The same formulas as csrc/common/activations.h; a jet is (act, act', act'', act''').
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kernels of the loss on the logits z (N, C): value, gradient, second and third derivatives.
 
-The formulas of csrc/losses.h. Softmax cross-entropy with target mass q (C) and total mass
+The formulas of csrc/common/losses.h. Softmax cross-entropy with target mass q (C) and total mass
 m = sum q (label smoothing, class weights and ignored targets are choices of q), p = softmax(z),
 w = m / normalizer:
 

@@ -1,4 +1,4 @@
-"""Where each layer's parameters lie: the layout of csrc/mlp.h, as strided views."""
+"""Where each layer's parameters lie: the layout of csrc/common/mlp.h, as strided views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes drawn on the device: the bits of csrc/probes.h, whatever the grid.
+"""Probes drawn on the device: the bits of csrc/common/probes.h, whatever the grid.
 
 Compiled without contraction of products and sums, so that normal draws are bit-equal everywhere.
 They are written once by a kernel of their own, not made anew in the products' tiles: an entry of V

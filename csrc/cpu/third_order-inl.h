@@ -16,7 +16,7 @@
 //             term: Hessian only
 // Adding g z_bar_L to z_bar_uv_L adds g dL/dparams to the result: the recursion is linear.
 #pragma once
-#include "products.h"
+#include "products-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

@@ -7,12 +7,12 @@
 // only. Block (l, m) of the sample's Hessian is a_{l-1} x (U_lm x a_{m-1} + M_lm x z_bar_m), so
 //   tr H = sum_n sum_l alpha^l_nn tr B_l,    diag H = sum_n diag(B_l) a_{l-1}^2 at W_l
 //   alpha^l_nm = <a_{l-1,n}, a_{l-1,m}> + 1 (the one for the bias)
-// and tr H^2 is a sum over pairs of samples: core_pairs.h.
+// and tr H^2 is a sum over pairs of samples: core_pairs-inl.h.
 //
 // A matrix of every sample is stored by columns, each column like a panel: (panels, columns, rows,
 // kPanel). Then a product with W on all columns is one product on so many panels.
 #pragma once
-#include "third_order.h"
+#include "cpu/third_order-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

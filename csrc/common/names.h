@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops.h"
+#include "contract.h"
 
 namespace hvpfast {
 

@@ -6,10 +6,10 @@
 
 #include <algorithm>
 
-#include "cpu/isa.h"
-#include "cpu/models.h"
-#include "cpu/parallel.h"
-#include "names.h"
+#include "common/names.h"
+#include "isa.h"
+#include "models.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace hvpfast;

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "simd.h"
+#include "simd-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

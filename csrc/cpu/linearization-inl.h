@@ -1,15 +1,15 @@
-// The CPU engine's linearization: declarations. The equations are in linearize.h, tangents.h,
-// products.h, third_order.h and cores.h.
+// The CPU engine's linearization: declarations. The equations are in linearize-inl.h,
+// tangents-inl.h, products-inl.h, third_order-inl.h and cores-inl.h.
 #pragma once
 #include <algorithm>
 #include <vector>
 
-#include "../ops.h"
-#include "../residuals.h"
 #include "arena.h"
-#include "gemm.h"
+#include "common/contract.h"
+#include "common/residuals.h"
+#include "gemm-inl.h"
 #include "parallel.h"
-#include "real.h"
+#include "real-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
@@ -62,14 +62,14 @@ class CpuLinearization final : public Linearization<T> {
   static constexpr int W = kLanes<T>;
   using Real = VectorReal<T>;
 
-  // linearize.h
+  // linearize-inl.h
   void weigh_targets();
   void primal_chunk(Range panels, T* x_scratch);
   template <Activation act>
   void activate(int l, Range panels);
   void loss_gradient(Range panels);
 
-  // tangents.h
+  // tangents-inl.h
   Streams<T> make_streams(Arena& arena, int64_t K, Range panels, bool keep_a_bar_dot) const;
   void first_layer_dot(const LayerPointers<T>& v, Range rows, const T* x, int64_t panels,
                        T* z_dot) const;
@@ -83,7 +83,7 @@ class CpuLinearization final : public Linearization<T> {
   void tangent_streams(Team& team, const T* tangents, Streams<T>& s, Range panels,
                        Curvature curvature, T* const* x_scratch, bool first_layer_done) const;
 
-  // products.h
+  // products-inl.h
   struct Factor;
   struct Product;
   void run_product(const Product& product, Range strips, Range outputs, T* scratch) const;
@@ -92,7 +92,7 @@ class CpuLinearization final : public Linearization<T> {
   std::vector<Product> hvp_products(const Streams<T>& s, Range panels, T* out, Curvature curvature,
                                     int first_layer) const;
 
-  // third_order.h
+  // third_order-inl.h
   void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1,
                    T z_dot_u1_scale, T g_loss, Curvature curvature, T* out, int threads) const;
   struct Mixed;
@@ -100,7 +100,7 @@ class CpuLinearization final : public Linearization<T> {
   void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u,
                    Mixed& mixed, Range panels, T g_loss, Curvature curvature) const;
 
-  // cores.h, core_pairs.h and core_gradient.h
+  // cores-inl.h, core_pairs-inl.h and core_gradient-inl.h
   struct CoreOptions;
   struct Cores;
   struct CoreBars;
@@ -122,7 +122,7 @@ class CpuLinearization final : public Linearization<T> {
   void for_core_diagonals(Curvature curvature, const Chosen& chosen, int threads,
                           Body&& body) const;
 
-  // gram.h
+  // gram-inl.h
   bool gram_pays() const;
   void gram_matrix(Team& team, T* gram) const;
   bool implicit_pays(Distribution distribution, int64_t K) const;

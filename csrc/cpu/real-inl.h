@@ -1,6 +1,6 @@
 // The `Real` of activations.h and losses.h on the CPU: one vector.
 #pragma once
-#include "vmath.h"
+#include "vmath-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

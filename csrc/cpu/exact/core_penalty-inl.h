@@ -1,6 +1,6 @@
 // tr H and tr H^2 as penalties: chunks of samples, and the memory they take.
 #pragma once
-#include "core_backward.h"
+#include "core_backward-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

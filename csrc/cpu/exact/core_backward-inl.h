@@ -1,6 +1,7 @@
-// The reverse of cores.h for one panel, and the sums over samples: equations in core_gradient.h.
+// The reverse of cores-inl.h for one panel, and the sums over samples: equations in
+// core_gradient-inl.h.
 #pragma once
-#include "core_gradient.h"
+#include "core_gradient-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

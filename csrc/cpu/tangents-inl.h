@@ -7,7 +7,7 @@
 //             z_bar_dot_l = s1_l * a_bar_dot_l + s2_l * z_dot_l                 second term:
 //             Hessian only
 #pragma once
-#include "linearize.h"
+#include "linearize-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

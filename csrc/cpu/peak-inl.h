@@ -2,7 +2,7 @@
 #pragma once
 #include <chrono>
 
-#include "gemm.h"
+#include "gemm-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

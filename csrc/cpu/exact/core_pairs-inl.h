@@ -9,7 +9,7 @@
 // samples n side by side (lanes) with the samples m of some panels below each other (rows). A strip
 // (rows, kPanel) holds one number per pair.
 #pragma once
-#include "cores.h"
+#include "cores-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

@@ -5,7 +5,7 @@
 // it is used. Tasks own strips of the output and walk the samples in order, so that no sum is ever
 // split between threads.
 #pragma once
-#include "tangents.h"
+#include "tangents-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

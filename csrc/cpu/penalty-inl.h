@@ -7,7 +7,7 @@
 // and for normal probes drawn here the first layer's z_dot = V_1 [x; 1] is drawn itself: its rows
 // are N(0, Gamma).
 #pragma once
-#include "gram.h"
+#include "gram-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

@@ -35,7 +35,8 @@ struct Chosen {
   std::vector<uint8_t> weight, bias;
 };
 
-// What is computed without probes, from every sample's Hessian core (cpu/cores.h): tr H, tr H^2.
+// What is computed without probes, from every sample's Hessian core (cpu/cores-inl.h): tr H, tr
+// H^2.
 enum class Exact { kTrace, kFro2 };
 
 // A curvature penalty at one point, with what its gradient needs: mean_k ||H v_k||^2, or an exact
@@ -70,7 +71,7 @@ class Linearization {
                        T* out, int threads) const = 0;
   // For the given tangents (K, P), K >= 1, which must outlive the result, or for probes where
   // tangents is null: normal probes are then drawn implicitly in the first layer where that is
-  // cheaper (cpu/gram.h).
+  // cheaper (cpu/gram-inl.h).
   virtual std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
                                               Curvature curvature, int threads) const = 0;
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "simd.h"
+#include "simd-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

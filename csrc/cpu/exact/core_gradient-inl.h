@@ -1,5 +1,6 @@
-// The gradients of tr H and tr H^2: core_pairs.h and cores.h in reverse. X_bar is the derivative of
-// the penalty with respect to X. Every pair gives to both of its samples, so with a weight g
+// The gradients of tr H and tr H^2: core_pairs-inl.h and cores-inl.h in reverse. X_bar is the
+// derivative of the penalty with respect to X. Every pair gives to both of its samples, so with a
+// weight g
 //   B_l_bar = 2 g sum_m (alpha^l)^2 B_l,m,        U_bar = 4 g sum_m alpha^l alpha^k U_m,
 //   M_bar = 4 g sum_m alpha^l beta^k M_m,         Y_bar = 4 g sum_m alpha^l Z_m,   Z_bar likewise,
 //   alpha_bar, beta_bar: products of all pairs again; from them a_bar, z_bar_bar
@@ -15,7 +16,7 @@
 //   out_W_l  = sum_n z_l_grad a_{l-1}' + z_bar_l a_bar_{l-1}_bar', and W_l_bar of above
 //   out_b_l  = sum_n z_l_grad
 #pragma once
-#include "core_pairs.h"
+#include "core_pairs-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
@@ -130,7 +131,7 @@ class CpuLinearization<T>::CpuExactPenalty final : public Penalty<T> {
   double pull(const Cores& lanes, const CoreBars& bars, int64_t p, const Cores& rows,
               bool accumulate, const CoreStrips& s) const;
   double value_of(const Cores& c, const CoreBars& bars, int64_t p) const;
-  // core_backward.h
+  // core_backward-inl.h
   void start(const Cores& c, const CoreBars* bars, const CoreFlow& flow, int64_t p, T g) const;
   void add_neighbours(const Cores& c, const CoreBars& bars, const CoreFlow& flow, int64_t p,
                       T g) const;

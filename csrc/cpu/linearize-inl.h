@@ -8,9 +8,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "../losses.h"
-#include "linearization.h"
-#include "pack.h"
+#include "common/losses.h"
+#include "linearization-inl.h"
+#include "pack-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

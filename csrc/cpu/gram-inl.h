@@ -1,8 +1,8 @@
 // The samples' inner products Gamma = X X' + 1 1' (the ones for the bias), by which the first
-// layer's block of H v need not be formed when there are few samples (penalty.h).
+// layer's block of H v need not be formed when there are few samples (penalty-inl.h).
 #pragma once
-#include "../probes.h"
-#include "third_order.h"
+#include "common/probes.h"
+#include "third_order-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 

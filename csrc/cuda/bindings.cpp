@@ -4,10 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/blas.h"
-#include "cuda/device.h"
-#include "cuda/ops.h"
-#include "names.h"
+#include "blas.h"
+#include "common/names.h"
+#include "device.h"
+#include "ops.h"
 
 namespace py = pybind11;
 using namespace hvpfast;
