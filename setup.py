@@ -54,7 +54,7 @@ def extensions() -> list[Extension]:
     choice = os.environ.get("HVPFAST_NO_EXT", "0")
     if choice not in ("0", "1"):
         raise SystemExit(f"HVPFAST_NO_EXT must be 0 or 1; got {choice!r}. Unset it to build.")
-    return [] if choice == "1" else [Extension("hvpfast._cpu", sources=[])]
+    return [] if choice == "1" else [Extension("hvpfast.backends._cpu", sources=[])]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})

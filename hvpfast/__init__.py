@@ -1,13 +1,10 @@
 """hvpfast: Hessian-vector products, curvature estimates and penalties of neural networks, fast."""
 
-from hvpfast import landscape, optim
-from hvpfast.backends import available
-from hvpfast.checks import SlowBackendWarning
-from hvpfast.density import SpectralDensity, spectral_density
-from hvpfast.differentiable import hessian_penalty
-from hvpfast.distributed import DistributedError, shard
-from hvpfast.eigen import CGResult, EigenResult, cg_solve, class_gradients, eigsh
-from hvpfast.estimators import (
+from hvpfast import optim
+from hvpfast.analysis import landscape
+from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density
+from hvpfast.analysis.eigen import CGResult, EigenResult, cg_solve, class_gradients, eigsh
+from hvpfast.analysis.estimators import (
     Estimate,
     Estimates,
     ModelsEstimate,
@@ -18,22 +15,19 @@ from hvpfast.estimators import (
     row_norms_sq,
     trace,
 )
-from hvpfast.functional import (
-    ggnvp,
-    hvp,
-    hvp_vjp,
-    linearize,
-    penalty,
-    quadratic_form,
-)
-from hvpfast.graphs import CapturedHVP, CapturedStep
-from hvpfast.linearization import Linearization
-from hvpfast.mlp import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
-from hvpfast.models import ModelsLinearization, ModelsOperator
-from hvpfast.operators import GGNOperator, HessianOperator
-from hvpfast.probes import ProbeSource, fresh_seed, probes
-from hvpfast.products import NonFiniteProductError
-from hvpfast.tracking import CurvatureLogger, read_log
+from hvpfast.analysis.tracking.logger import CurvatureLogger, read_log
+from hvpfast.backends import available
+from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probes
+from hvpfast.functional.cuda_graphs import CapturedHVP, CapturedStep
+from hvpfast.functional.hessian_penalty import hessian_penalty
+from hvpfast.functional.linearization import Linearization
+from hvpfast.functional.linearize import ggnvp, hvp, hvp_vjp, linearize, penalty, quadratic_form
+from hvpfast.functional.many_models import ModelsLinearization, ModelsOperator
+from hvpfast.mlp.checks import SlowBackendWarning
+from hvpfast.mlp.module import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
+from hvpfast.operators.distributed import DistributedError, shard
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
+from hvpfast.operators.matvecs import NonFiniteProductError
 
 __all__ = [
     "MLP",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpfast.mlp import ACTIVATIONS, LOSSES, REDUCTIONS, MLPSpec
-from hvpfast.probes import probes
+from hvpfast.backends.probes.draw import probes
+from hvpfast.mlp.module import ACTIVATIONS, LOSSES, REDUCTIONS, MLPSpec
 
 SEED = 0x0123456789ABCDEF
 DTYPES = (torch.float32, torch.float64)

@@ -17,8 +17,9 @@ from test_conformance import placed
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import cuda, cuda_models
-from hvpfast.probes import ProbeSource, probe_rows
+from hvpfast.backends.cuda import many as cuda_models
+from hvpfast.backends.cuda import state as cuda
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
 
 ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)

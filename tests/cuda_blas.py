@@ -18,8 +18,9 @@ from cuda_emulated import STAND_IN, stand_in, use_blas
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import cuda, cuda_models
-from hvpfast.probes import ProbeSource
+from hvpfast.backends.cuda import many as cuda_models
+from hvpfast.backends.cuda import state as cuda
+from hvpfast.backends.probes.draw import ProbeSource
 
 ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)

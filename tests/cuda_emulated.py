@@ -15,7 +15,8 @@ from types import ModuleType
 
 import pytest
 
-from hvpfast.backends import cuda, cuda_models
+from hvpfast.backends.cuda import many as cuda_models
+from hvpfast.backends.cuda import state as cuda
 
 NAME = "_cuda_emulated"
 MODULE = Path(os.environ["HVPFAST_CUDA_EMULATED"])
@@ -24,7 +25,7 @@ stand_in = ctypes.CDLL(str(STAND_IN))
 
 
 def load(path: Path) -> ModuleType:
-    """The emulated module at ``path``, in the place of ``hvpfast._cuda``."""
+    """The emulated module at ``path``, in the place of ``hvpfast.backends._cuda``."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,7 @@
 """Run by tests/test_cuda_emulated.py: the kernels' formulas, one by one, against definitions.
 
-They are those of the CPU engine (csrc/common/activations.h, csrc/common/losses.h) with one number per thread.
+They are those of the CPU engine (activations.h and losses.h in csrc/common) with one number per
+thread.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cases import DTYPES
 from cuda_emulated import MODULE
 from torch import Tensor
 
-from hvpfast.mlp import ACTIVATIONS
+from hvpfast.mlp.module import ACTIVATIONS
 
 (PATH,) = MODULE.parent.glob("libcuda_formulas*")
 LIBRARY = ctypes.CDLL(str(PATH))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hvpfast as hf
-from hvpfast import distributed
+from hvpfast.operators import distributed
 
 Results = dict[str, Any]
 
@@ -280,9 +280,9 @@ class Scenarios:
 
 def algorithms(H: Any) -> Results:
     """Estimators, eigenvalues and densities with the seeds of the tests."""
-    from hvpfast.density import spectral_density
-    from hvpfast.eigen import eigsh
-    from hvpfast.estimators import diagonal, frobenius_sq, trace
+    from hvpfast.analysis.density.quadrature import spectral_density
+    from hvpfast.analysis.eigen import eigsh
+    from hvpfast.analysis.estimators import diagonal, frobenius_sq, trace
 
     return {
         "trace": trace(H, 20, seed=5).estimate,
@@ -299,9 +299,9 @@ def algorithms(H: Any) -> Results:
 
 def drawn_seeds(H: Any) -> list[int]:
     """The seeds that algorithms draw where none is given."""
-    from hvpfast.density import spectral_density
-    from hvpfast.eigen import eigsh
-    from hvpfast.estimators import trace
+    from hvpfast.analysis.density.quadrature import spectral_density
+    from hvpfast.analysis.eigen import eigsh
+    from hvpfast.analysis.estimators import trace
 
     seeds = trace(H, 4).seed, eigsh(H, k=1).seed, spectral_density(H, 3, 2).seed
     return [int(seed or 0) for seed in seeds]

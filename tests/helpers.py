@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hvpfast.mlp import MLPSpec
+from hvpfast.mlp.module import MLPSpec
 
 # Where the conformance body puts its tensors: pytest's option --device.
 DEVICE = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import Any
 from dense import classes, perceptron
 from torch import nn
 
-from hvpfast import landscape
+from hvpfast.analysis import landscape
 
 
 def small_plane(path: Path | None, **options: Any) -> landscape.Surface:

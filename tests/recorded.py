@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvpfast import capture
+from hvpfast.utils import cuda_graph
 
 aten = torch.ops.aten
 # What reads a value back, or has a size that depends on values, or comes from the host.
@@ -127,6 +127,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
         patch.setattr(torch.cuda, "current_stream", lambda device: stream)
         patch.setattr(torch.cuda, "stream", nothing)
         patch.setattr(torch.cuda, "device", nothing)
-        patch.setattr(capture, "check_on_gpu", lambda like: None)
-        patch.setattr(capture, "recording", lambda like: stand.active)
+        patch.setattr(cuda_graph, "check_on_gpu", lambda like: None)
+        patch.setattr(cuda_graph, "recording", lambda like: stand.active)
         yield stand

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from hvpfast.backends import BACKENDS
-from hvpfast.bench import gate, marks, record, report, runner, timing
+from hvpfast.bench import gate, marks, record, report, runner
 from hvpfast.bench.cases import CASES, KINK_MARGIN, QUICK_CASES, build, smallest_z
 from hvpfast.bench.counts import minimal, minimal_bytes, schedules
 from hvpfast.bench.providers import PROVIDERS, Prepared
 from hvpfast.bench.providers.torch_eager import TorchEager
+from hvpfast.lab.measure import timing
 
 # Forward mode in torch compiles its decompositions with torch.jit.script.
 pytestmark = [

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from hvpfast.bench import gpu_peak, marks, report, runner, timing
+from hvpfast.bench import gpu_peak, marks, report, runner
 from hvpfast.bench.cases import DEVICE_CASES, QUICK_CASES, build
 from hvpfast.bench.gate import Gate
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.bench.settings import Settings
+from hvpfast.lab.measure import timing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hvpfast.bench.suites import kernels
+from hvpfast.bench.suites.kernels import suite as kernels
 
 
 def row(spill: int, kernel: str = "layer") -> dict[str, Any]:
@@ -60,7 +60,7 @@ def test_figures_of_the_cuda_engine_become_rows(monkeypatch: pytest.MonkeyPatch)
 def test_variants_of_triton_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     record = {"kernel": "layer", "spill_stores": 2, "spill_loads": 3}
     fake = SimpleNamespace(kernel_records=lambda capabilities: [record])
-    monkeypatch.setitem(sys.modules, "hvpfast.backends.triton_kernels.compilation", fake)
+    monkeypatch.setitem(sys.modules, "hvpfast.backends.triton.compilation", fake)
     assert kernels.triton_rows([90]) == [{"backend": "triton", **record, "spills": 5}]
 
 

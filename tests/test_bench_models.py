@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hvpfast as hf
-from hvpfast.bench import model_forms
 from hvpfast.bench.cases import QUICK_CASES
-from hvpfast.bench.suites import models
+from hvpfast.bench.suites.models import forms
+from hvpfast.bench.suites.models import suite as models
 
 pytestmark = [
     pytest.mark.usefixtures("single_threaded"),
@@ -25,15 +25,15 @@ if hf.available()["cpu"] is None:
 
 
 @pytest.fixture
-def problem() -> model_forms.Models:
-    return model_forms.Models.build(QUICK_CASES["quick"], 3, 2, "cpu")
+def problem() -> forms.Models:
+    return forms.Models.build(QUICK_CASES["quick"], 3, 2, "cpu")
 
 
 def run(
     monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, wrong: float = 0.0
 ) -> tuple[int, dict[str, Any]]:
     """Exit status and record of a quick run of the cheap forms; ``wrong`` distorts ours."""
-    honest = model_forms.forms
+    honest = forms.forms
 
     def cheap(problem: Any) -> Any:
         return {k: v for k, v in honest(problem).items() if k[0] in CHEAP}
@@ -76,8 +76,8 @@ def test_what_a_deadline_leaves_out_is_said(
     }
 
 
-def test_one_wrong_model_among_many_is_seen(problem: model_forms.Models) -> None:
-    exact, allowed = model_forms.truth(problem)
+def test_one_wrong_model_among_many_is_seen(problem: forms.Models) -> None:
+    exact, allowed = forms.truth(problem)
     small = exact.clone()
     small[1] *= 1e-6  # a model whose products are small has its own scale
     found = small.clone()
@@ -90,7 +90,7 @@ def test_one_wrong_model_among_many_is_seen(problem: model_forms.Models) -> None
     assert not models.worst(found, small) <= allowed
 
 
-def test_models_differ(problem: model_forms.Models) -> None:
+def test_models_differ(problem: forms.Models) -> None:
     for t in (problem.params, problem.x, problem.tangents):
         assert not torch.equal(t[0], t[1])
     assert problem.to(torch.float64).part(1, 2).x.shape == (1, 8, 6)

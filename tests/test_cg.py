@@ -10,8 +10,8 @@ from dense import classes, dense, perceptron, tangents
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.eigen import cg_solve
-from hvpfast.products import NonFiniteProductError
+from hvpfast.analysis.eigen import cg_solve
+from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

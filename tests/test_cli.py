@@ -19,11 +19,14 @@ import pytest
 import torch
 from killing import interruptible
 
-from hvpfast import cli, info
-from hvpfast.studies import arguments, hessian_norm, studies
-from hvpfast.studies.folder import RunFolder, StudyError, next_folder, write_whole
-from hvpfast.studies.progress import clock
-from hvpfast.studies.run import Interrupted, run
+from hvpfast import __main__ as cli
+from hvpfast.lab import environment
+from hvpfast.lab.runs import config as arguments
+from hvpfast.lab.runs.folder import RunFolder, StudyError, next_folder, write_whole
+from hvpfast.lab.runs.progress import clock
+from hvpfast.lab.runs.run import Interrupted, run
+from hvpfast.studies import studies
+from hvpfast.studies.hessian_norm import experiment as hessian_norm
 
 SMOKE = hessian_norm.PRESETS["smoke"]
 NUM_CELLS = len(hessian_norm.plan(SMOKE))
@@ -352,7 +355,7 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["reference"] is None
-    assert facts["versions"]["torch"] == info.version("torch")
+    assert facts["versions"]["torch"] == environment.version("torch")
     assert facts["machine"]["cores"] >= 1
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
@@ -363,38 +366,38 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_results_in_a_checkout_are_no_change_of_the_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = tmp_path / "hvpfast" / "info.py"
-    module.parent.mkdir()
+    module = tmp_path / "hvpfast" / "lab" / "environment.py"
+    module.parent.mkdir(parents=True)
     module.write_text("1\n")
-    monkeypatch.setattr(info, "__file__", str(module))
-    assert info.source() is None
+    monkeypatch.setattr(environment, "__file__", str(module))
+    assert environment.source() is None
     author = ("-c", "user.name=a", "-c", "user.email=a@b")
     for command in (["init"], ["add", "."], [*author, "commit", "-m", "first"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True, capture_output=True)
     (tmp_path / "bench.json").write_text("{}")
-    found = info.source()
+    found = environment.source()
     assert found is not None and len(found["commit"]) == 40 and not found["dirty"]
     module.write_text("2\n")
-    assert info.source() == {"commit": found["commit"], "dirty": True}
+    assert environment.source() == {"commit": found["commit"], "dirty": True}
 
 
 def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hvpfast._cpu", None)
-    facts = info.collect()
+    monkeypatch.setitem(sys.modules, "hvpfast.backends._cpu", None)
+    facts = environment.collect()
     assert facts["cpu kernels"] == {}
     facts["backends"] = {"cpu": "the extension is missing", "reference": None}
     facts["gpu"] = [{"name": "T", "compute capability": "9.0", "memory GiB": 80.0}]
-    text = info.text(facts)
+    text = environment.text(facts)
     assert "not available: the extension is missing" in text
     assert "T, compute capability 9.0, 80.0 GiB" in text
 
 
 def test_info_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info.cuda_models, "engine", lambda: "built without CUDA")
-    assert info.collect()["cuda kernels"] == {}
+    monkeypatch.setattr(environment.cuda_models, "engine", lambda: "built without CUDA")
+    assert environment.collect()["cuda kernels"] == {}
     engine = types.SimpleNamespace(cuda_version=13020, matrix_products=lambda: "own tiles; because")
-    monkeypatch.setattr(info.cuda_models, "engine", lambda: engine)
-    text = info.text(info.collect())
+    monkeypatch.setattr(environment.cuda_models, "engine", lambda: engine)
+    text = environment.text(environment.collect())
     assert "CUDA kernels: toolkit" in text
     assert "CUDA 13.2" in text
     assert "own tiles; because" in text

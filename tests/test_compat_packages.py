@@ -115,7 +115,7 @@ def test_curvlinops_estimators_take_their_calls_and_give_their_forms() -> None:
 def test_curvlinops_spectrum_is_theirs_for_the_same_nodes(log: bool) -> None:
     theirs = real("curvlinops.papyan2020traces.spectrum")
     ours = importlib.import_module("hvpfast.compat.curvlinops")
-    from hvpfast.density import spectral_density
+    from hvpfast.analysis.density.quadrature import spectral_density
 
     model, (x, y) = perceptron(), classes(11, 4)
     A = ours.HessianLinearOperator(model, LOSS, list(model.parameters()), batches(x, y))

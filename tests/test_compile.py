@@ -14,7 +14,7 @@ from models import Penalised, mlp_of
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import library
+from hvpfast.functional import torch_ops
 
 ops = torch.ops.hvpfast
 CASE = Case(hf.MLPSpec((4, 5, 3), "tanh"), N=6, K=2)
@@ -131,7 +131,7 @@ def test_seeds_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # None: new probes in every call, and for each of two calls in one graph; backward reuses them
     drawn = iter(range(1, 100))
-    monkeypatch.setattr(library, "fresh_seed", lambda: next(drawn))
+    monkeypatch.setattr(torch_ops, "fresh_seed", lambda: next(drawn))
 
     def two() -> Tensor:
         return torch.stack([penalty(None), penalty(None)])

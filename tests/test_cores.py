@@ -14,9 +14,9 @@ from models import BACKENDS
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import memory
-from hvpfast.functional import linearize
-from hvpfast.mlp import ACTIVATIONS, LOSSES, MLPSpec
+from hvpfast.functional.linearize import linearize
+from hvpfast.mlp.module import ACTIVATIONS, LOSSES, MLPSpec
+from hvpfast.utils import memory
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 
@@ -160,8 +160,8 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 @pytest.mark.skipif(hf.available()["cpu"] is not None, reason="needs the extension")
 def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvpfast import _cpu
-    from hvpfast.backends import cpu
+    from hvpfast.backends import _cpu
+    from hvpfast.backends.cpu import state as cpu
 
     case = FEW[1]
     p, every = problem(case), selections(case.spec)[0]

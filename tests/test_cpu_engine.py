@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import cpu
+from hvpfast.backends.cpu import state as cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import hvpfast as hf
-from hvpfast.backends import cuda
-from hvpfast.bench import cuda_kernels
-from hvpfast.bench.cuda_kernels import ARCHITECTURES, KernelFigures, figures
+from hvpfast.backends.cuda import state as cuda
+from hvpfast.bench.suites.kernels import cuda as cuda_kernels
+from hvpfast.bench.suites.kernels.cuda import ARCHITECTURES, KernelFigures, figures
 
 LOG = """
 ptxas info    : Compiling entry function 'void hvpfast::cuda::(anonymous namespace)::kernel<float, (hvpfast::cuda::Form)1>(int, f<(int)0>(*)(int))' for 'sm_90'

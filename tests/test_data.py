@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from hvpfast.data import Batches
-from hvpfast.memory import available_bytes, budget_of, bytes_text, out_of_memory
-from hvpfast.random_state import RandomState
-from hvpfast.reduction import Batch, BatchWeight, batch_size, reduction_of
+from hvpfast.operators.data import Batches
+from hvpfast.operators.reduction import Batch, BatchWeight, batch_size, reduction_of
+from hvpfast.utils.memory import available_bytes, budget_of, bytes_text, out_of_memory
+from hvpfast.utils.random_state import RandomState
 
 CPU = torch.device("cpu")
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast import density, spectrum
-from hvpfast.density import SpectralDensity, spectral_density, wasserstein
-from hvpfast.products import NonFiniteProductError
+from hvpfast.analysis.density import quadrature, spectrum
+from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density, wasserstein
+from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 
@@ -87,12 +87,12 @@ def test_probes_do_not_depend_on_their_number_or_on_groups(
     many = spectral_density(A, 12, 7, seed=9)
     few = spectral_density(A, 12, 2, seed=9)
     torch.testing.assert_close(few.ritz_values, many.ritz_values[:2], rtol=0, atol=1e-12)
-    monkeypatch.setattr(density, "available_bytes", lambda device: 4 * 3 * 16 * 30 * 8)
+    monkeypatch.setattr(quadrature, "available_bytes", lambda device: 4 * 3 * 16 * 30 * 8)
     grouped = spectral_density(A, 12, 7, seed=9)  # three probes at a time
     torch.testing.assert_close(grouped.ritz_values, many.ritz_values, rtol=0, atol=1e-12)
     torch.testing.assert_close(grouped.weights, many.weights, rtol=0, atol=1e-12)
     assert grouped.num_matvecs == many.num_matvecs
-    monkeypatch.setattr(density, "available_bytes", lambda device: 10 * 30 * 8)
+    monkeypatch.setattr(quadrature, "available_bytes", lambda device: 10 * 30 * 8)
     with pytest.raises(MemoryError, match=r"num_steps=12 vectors of 30 entries.*num_steps=6 fits"):
         spectral_density(A, 12, 7, seed=9)
 
@@ -228,8 +228,8 @@ def test_distance_to_the_exact_spectrum_of_2698_parameters_falls_with_steps() ->
     exact = torch.linalg.eigvalsh(H @ torch.eye(2698, dtype=torch.float64))
     steps = (2, 4, 8, 16, 32)
     found = [spectral_density(H, m, 8, seed=1) for m in steps]
-    distances = [density.distance(exact) / float(exact.abs().max()) for density in found]
-    assert [density.num_matvecs for density in found] == [8 * m for m in steps]
+    distances = [quadrature.distance(exact) / float(exact.abs().max()) for quadrature in found]
+    assert [quadrature.num_matvecs for quadrature in found] == [8 * m for m in steps]
     for before, after in itertools.pairwise(distances):
         assert after < 0.8 * before
     assert distances[-1] < distances[0] / 5 < 4e-3

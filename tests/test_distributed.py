@@ -20,9 +20,9 @@ from distributed_worker import CASES, SAMPLES, Results, algorithms, data_of, ope
 from torch import nn
 
 import hvpfast as hf
-from hvpfast import distributed
 from hvpfast.bench.command import main
 from hvpfast.bench.suites import distributed as suite
+from hvpfast.operators import distributed
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 KINDS = hf.HessianOperator, hf.GGNOperator

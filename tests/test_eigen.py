@@ -12,8 +12,8 @@ from dense import classes, convnet, dense, perceptron
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.eigen import EigenResult, class_gradients, eigsh
-from hvpfast.products import NonFiniteProductError
+from hvpfast.analysis.eigen import EigenResult, class_gradients, eigsh
+from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 
@@ -153,8 +153,8 @@ def test_agrees_with_scipy_in_float32() -> None:
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_float32_basis_stays_orthonormal(block_size: int) -> None:
     """Inner products of basis rows stay at one rounding, though the spectrum spans 1e6."""
-    from hvpfast.eigen.lanczos import Lanczos
-    from hvpfast.products import Products
+    from hvpfast.analysis.eigen.lanczos import Lanczos
+    from hvpfast.operators.matvecs import Products
 
     A = spectrum(torch.logspace(3, -3, 400)).float()
     generator = torch.Generator().manual_seed(0)

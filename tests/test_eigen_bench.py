@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvpfast.bench import trained
-from hvpfast.bench.suites import eigsh as suite
+from hvpfast.bench.suites.eigsh import suite as suite
+from hvpfast.bench.suites.eigsh import trained
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

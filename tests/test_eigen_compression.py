@@ -11,7 +11,7 @@ from dense import dense
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.eigen import NotCompressibleError, compress, eigsh
+from hvpfast.analysis.eigen import NotCompressibleError, compress, eigsh
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -16,8 +16,8 @@ from spectra import matrix, rotated, trained
 from torch import Tensor
 
 import hvpfast as hf
-import hvpfast.products
-from hvpfast.estimators import (
+import hvpfast.operators.matvecs
+from hvpfast.analysis.estimators import (
     Estimate,
     diagonal,
     estimate_all,
@@ -26,9 +26,9 @@ from hvpfast.estimators import (
     row_norms_sq,
     trace,
 )
-from hvpfast.estimators.subspace import orthonormal_rows, project_out, row_products
-from hvpfast.probes import ProbeSource, probe_rows
-from hvpfast.products import NonFiniteProductError
+from hvpfast.analysis.estimators.subspace import orthonormal_rows, project_out, row_products
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.operators.matvecs import NonFiniteProductError
 
 TRUTH = {
     "trace": lambda A: A.trace(),
@@ -170,7 +170,10 @@ def test_joint_pass() -> None:
     H, _ = trained()
     joint = estimate_all(H, 300, seed=4)
     for name in ("trace", "frobenius_sq", "diagonal", "row_norms_sq"):
-        ours, alone = getattr(joint, name), getattr(hvpfast.estimators, name)(H, 300, seed=4)
+        ours, alone = (
+            getattr(joint, name),
+            getattr(hvpfast.analysis.estimators, name)(H, 300, seed=4),
+        )
         assert ours.num_matvecs == alone.num_matvecs == 300
         for field in ("estimate", "stderr"):
             a, b = (number(getattr(result, field)) for result in (ours, alone))
@@ -350,7 +353,7 @@ def test_what_does_not_fit_is_refused(
         def __matmul__(self, columns: Tensor) -> Tensor:
             raise AssertionError("refused before the first product")
 
-    monkeypatch.setattr(hvpfast.products, "available_bytes", lambda *args, **kwargs: 2**30)
+    monkeypatch.setattr(hvpfast.operators.matvecs, "available_bytes", lambda *args, **kwargs: 2**30)
     with pytest.raises(
         MemoryError, match=r"keeps .* take .* GB, and 1.07 GB are available; [123] fit"
     ):

@@ -15,7 +15,7 @@ from test_estimators import METHODS, TRUTH, number
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.estimators import diagonal, frobenius_norm, row_norms_sq, trace
+from hvpfast.analysis.estimators import diagonal, frobenius_norm, row_norms_sq, trace
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -115,7 +115,7 @@ def test_result_of_one_model(name: str, A: hf.ModelsOperator) -> None:
 
 def test_intervals_are_those_of_single_estimates(A: hf.ModelsOperator) -> None:
     """The same samples give the same interval, skewness included, as an estimate of one model."""
-    from hvpfast.estimators.result import skewness_coefficients
+    from hvpfast.analysis.estimators.result import skewness_coefficients
 
     for estimator in (hf.trace, hf.frobenius_sq):
         result = estimator(A, 30, seed=4)
@@ -150,7 +150,7 @@ def test_seeds(A: hf.ModelsOperator) -> None:
 
 def test_chunks_do_not_matter(A: hf.ModelsOperator, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = hf.estimate_all(A, 23, seed=8)
-    monkeypatch.setattr("hvpfast.estimators.models._CHUNK_BYTES", 5 * M * P * 8)
+    monkeypatch.setattr("hvpfast.analysis.estimators.many_models._CHUNK_BYTES", 5 * M * P * 8)
     parts = hf.estimate_all(A, 23, seed=8)
     for name in ESTIMATORS:
         torch.testing.assert_close(getattr(parts, name).estimate, getattr(whole, name).estimate)

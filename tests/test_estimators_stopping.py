@@ -14,8 +14,8 @@ import torch
 from spectra import matrix
 from torch import Tensor
 
-from hvpfast.estimators import diagonal, estimate_all, frobenius_norm, frobenius_sq, trace
-from hvpfast.estimators.sampling import EntryTally, ScalarTally, Settings, sample
+from hvpfast.analysis.estimators import diagonal, estimate_all, frobenius_norm, frobenius_sq, trace
+from hvpfast.analysis.estimators.sampling import EntryTally, ScalarTally, Settings, sample
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

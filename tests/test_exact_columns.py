@@ -14,7 +14,7 @@ from test_estimators import TRUTH, number
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.estimators import (
+from hvpfast.analysis.estimators import (
     diagonal,
     estimate_all,
     exact,

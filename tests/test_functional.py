@@ -11,9 +11,9 @@ from cases import FEW, Case, problem, with_dtype
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import functional
 from hvpfast.backends import BACKENDS, choose
-from hvpfast.mlp import ACTIVATIONS
+from hvpfast.functional import linearize
+from hvpfast.mlp.module import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 
@@ -363,10 +363,10 @@ def test_auto_takes_the_first_backend_that_can_run() -> None:
 
 
 def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = pytest.importorskip("hvpfast.backends.cpu")
+    cpu = pytest.importorskip("hvpfast.backends.cpu.state")
     monkeypatch.setattr(cpu, "unavailable", lambda: "it is not built")
-    monkeypatch.setattr(functional, "_warned", set())
-    functional._plan.cache_clear()
+    monkeypatch.setattr(linearize, "_warned", set())
+    linearize._plan.cache_clear()
     try:
         case = Case(hf.MLPSpec((5, 6, 3), "tanh"), 9)
         with pytest.warns(RuntimeWarning, match=r"slow reference backend.*it is not built"):
@@ -378,11 +378,11 @@ def test_a_missing_extension_is_said_once(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: cpu: it is not built"):
             _linearize(case, "cpu")
     finally:
-        functional._plan.cache_clear()
+        linearize._plan.cache_clear()
 
 
 def test_a_backend_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hvpfast.backends.BACKENDS", ("nowhere", *BACKENDS))
+    monkeypatch.setattr("hvpfast.backends.BACKENDS", {"nowhere": "nowhere.state", **BACKENDS})
     assert "cannot be imported" in str(hf.available()["nowhere"])
     with pytest.raises(RuntimeError, match=r"nowhere.*cannot be imported"):
         choose("nowhere", None, torch.device("cpu"), torch.float32)

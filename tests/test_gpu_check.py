@@ -17,7 +17,7 @@ import pytest
 from hvpfast.bench import command as bench
 from hvpfast.bench.cases import KNOWN_CASES
 from hvpfast.bench.providers import PROVIDERS
-from hvpfast.bench.suites import models
+from hvpfast.bench.suites.models import suite as models
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu_check"))

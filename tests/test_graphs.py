@@ -12,9 +12,9 @@ from recorded import Stand, stand_in
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast import capture
-from hvpfast.device_probes import draw, draw_by_torch
-from hvpfast.probes import ProbeSource, numpy_rows
+from hvpfast.backends.probes.draw import ProbeSource, numpy_rows
+from hvpfast.backends.probes.torch import draw, draw_by_torch
+from hvpfast.utils import cuda_graph
 
 SPEC = hf.MLPSpec((5, 6, 4), "tanh")
 WEIGHTED = hf.MLPSpec((5, 6, 4), "silu", class_weights=(1.0, 2.0, 0.5, 1.0), label_smoothing=0.1)
@@ -107,7 +107,7 @@ def test_callers_tensors_are_not_written(stand: Stand | None) -> None:
 
 # ---- training steps -------------------------------------------------------------------------
 
-STEPS = capture.WARMUPS + 3
+STEPS = cuda_graph.WARMUPS + 3
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -168,7 +168,7 @@ def test_run_is_the_same_recorded_or_not(
     for a, b in zip(_list(params), _list(expected_params), strict=True):
         close(a, b)
     if stand is not None:
-        assert [graph.replays for graph in stand.graphs] == [STEPS - capture.WARMUPS]
+        assert [graph.replays for graph in stand.graphs] == [STEPS - cuda_graph.WARMUPS]
 
 
 def test_a_run_is_taken_up_again(stand: Stand | None) -> None:
@@ -249,8 +249,8 @@ def test_reading_the_device_cannot_be_recorded(monkeypatch: pytest.MonkeyPatch) 
     params, x, y, V = point(Stand())
     with stand_in(monkeypatch):
         with pytest.raises(RuntimeError, match="the sum cannot be recorded as a CUDA graph"):
-            capture.Recording(params.device, "the sum", lambda: params.sum().item())
-        monkeypatch.setattr(capture, "recording", lambda like: False)
+            cuda_graph.Recording(params.device, "the sum", lambda: params.sum().item())
+        monkeypatch.setattr(cuda_graph, "recording", lambda like: False)
         with pytest.raises(RuntimeError, match="hessian product cannot be recorded"):
             hf.CapturedHVP(SPEC, params, x, y, V, backend=engine.backend)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hvpfast as hf
-from hvpfast import landscape
+from hvpfast.analysis import landscape
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

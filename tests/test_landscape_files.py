@@ -14,8 +14,8 @@ from killing import jobs, until
 from planes import small_plane
 from torch import Tensor, nn
 
-from hvpfast import landscape
-from hvpfast.landscape.losses import Losses
+from hvpfast.analysis import landscape
+from hvpfast.analysis.landscape.losses import Losses
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -10,8 +10,8 @@ from dense import classes, perceptron
 from planes import small_plane
 from torch import nn
 
-from hvpfast import landscape
-from hvpfast.landscape import sweep
+from hvpfast.analysis import landscape
+from hvpfast.analysis.landscape import sweep
 
 matplotlib = pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("single_threaded")

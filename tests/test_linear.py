@@ -12,9 +12,9 @@ import torch
 from dense import classes, close, convnet, dense, perceptron, tangents
 from torch import Tensor, nn
 
-from hvpfast.layout import Layout
-from hvpfast.linear import LinearOperator
-from hvpfast.operators import GGNOperator, HessianOperator
+from hvpfast.operators.base import LinearOperator
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
+from hvpfast.operators.parameters import Layout
 
 LOSS = nn.CrossEntropyLoss()
 

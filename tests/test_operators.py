@@ -13,9 +13,9 @@ from dense import classes, close, convnet, custom_loss, dense, perceptron, redra
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvpfast.checks import SlowBackendWarning, _warned
-from hvpfast.mlp import MLP
-from hvpfast.operators import GGNOperator, HessianOperator
+from hvpfast.mlp.checks import SlowBackendWarning, _warned
+from hvpfast.mlp.module import MLP
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
 LOSS = nn.CrossEntropyLoss()
 KINDS = (HessianOperator, GGNOperator)

@@ -13,8 +13,8 @@ from models import BACKENDS, Small, gradients, loss_module, mlp_of, small
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import differentiable
-from hvpfast.differentiable import hessian_penalty
+from hvpfast.functional import hessian_penalty as differentiable
+from hvpfast.functional.hessian_penalty import hessian_penalty
 
 CURVATURES = ("hessian", "ggn")
 WEIGHTS = (0.7, 0.3)
@@ -209,7 +209,7 @@ def test_side_effects_and_memory(small: Small, monkeypatch: pytest.MonkeyPatch) 
         holder = _Holder(state, probe)
         return recorded(holder, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(differentiable, "_recorded", watched)
+    monkeypatch.setattr(hessian_penalty, "_recorded", watched)
     before = torch.get_rng_state()
     gc.disable()
     try:

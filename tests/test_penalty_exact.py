@@ -14,8 +14,8 @@ from models import BACKENDS, gradients, loss_module, mlp_of, small
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.functional import linearize
-from hvpfast.mlp import ACTIVATIONS, MLPSpec
+from hvpfast.functional.linearize import linearize
+from hvpfast.mlp.module import ACTIVATIONS, MLPSpec
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

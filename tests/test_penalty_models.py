@@ -18,8 +18,8 @@ from models import Small, gradients, small
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import checks
-from hvpfast.differentiable import hessian_penalty
+from hvpfast.functional.hessian_penalty import hessian_penalty
+from hvpfast.mlp import checks
 
 CURVATURES = ("hessian", "ggn")
 

@@ -15,8 +15,9 @@ from dense import classes, close, convnet, custom_loss, dense, perceptron, redra
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvpfast import determinism, memory, operators
-from hvpfast.operators import GGNOperator, HessianOperator
+from hvpfast.operators import determinism, hessian
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
+from hvpfast.utils import memory
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -86,7 +87,7 @@ def test_chunks_change_rounding_only(kind: Any, params: Any) -> None:
 
 def test_auto_chunk_follows_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, y) = perceptron(), classes(9, 4)
-    monkeypatch.setattr(operators, "available_bytes", lambda *_, **__: 40_000)
+    monkeypatch.setattr(hessian, "available_bytes", lambda *_, **__: 40_000)
     H = HessianOperator(model, LOSS, None, (x, y))
     assert 1 <= H._chunk() < 8
     V = tangents(82, 8)
@@ -96,8 +97,8 @@ def test_auto_chunk_follows_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_errors_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, y) = perceptron(), classes(9, 4)
     H = HessianOperator(model, LOSS, None, pieces(x, y, 5, 4), chunk_size=8)
-    monkeypatch.setattr(operators, "_LARGE", 100)
-    monkeypatch.setattr(operators, "available_bytes", lambda *_, **__: 8 * 82 * 10)
+    monkeypatch.setattr(hessian, "_LARGE", 100)
+    monkeypatch.setattr(hessian, "available_bytes", lambda *_, **__: 8 * 82 * 10)
     with pytest.raises(MemoryError, match=r"K = 16 products of 82.*take 10.5 kB, and 6.56 kB are "):
         H @ tangents(82, 16)
     assert (H @ tangents(82, 9)).shape == (82, 9)

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import hvpfast as hf
-from hvpfast.probes import (
+from hvpfast.backends.probes.draw import (
     ProbeSource,
     _words,
     numpy_rows,
@@ -73,7 +73,7 @@ def test_normal_matches_float64_box_muller() -> None:
 
 def test_normal_extreme_words() -> None:
     """The least and the largest uniform give the largest radius and 0, both finite."""
-    from hvpfast.probes import _cos_sin, _radius
+    from hvpfast.backends.probes.draw import _cos_sin, _radius
 
     words = np.array([0, 0xFFFFFFFF, 0x80000000, 0x00000100, 0x7FFFFFFF], np.uint32)
     u = ((words.astype(np.int64) >> 8) + 1) / 2**24
@@ -140,7 +140,7 @@ def test_global_random_state_is_untouched(distribution: str) -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_extension_draws_the_same_bits(distribution: str) -> None:
-    _cpu = pytest.importorskip("hvpfast._cpu")
+    _cpu = pytest.importorskip("hvpfast.backends._cpu")
     seed, P = 0xFEDCBA9876543210, 100_003
     expected = torch.from_numpy(numpy_rows(ProbeSource(3, distribution, seed, 9), P))
     for begin, end in ((0, P), (0, 1), (1, 2), (5, 134), (127, 129), (4096, 4099), (77, P)):
@@ -214,7 +214,7 @@ def test_probes_of_models(distribution: str, dtype: torch.dtype) -> None:
 
 
 def test_a_gpu_draws_its_own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvpfast import device_probes
+    from hvpfast.backends.probes import torch as device_probes
 
     asked: list[tuple[object, ...]] = []
 

@@ -13,8 +13,8 @@ from models import small
 from torch import Tensor
 
 import hvpfast as hf
-import hvpfast.products
-from hvpfast.products import NonFiniteProductError, Products
+import hvpfast.operators.matvecs
+from hvpfast.operators.matvecs import NonFiniteProductError, Products
 
 
 def symmetric(size: int = 9, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -161,13 +161,15 @@ class Skew(hf.linear.LinearOperator):
 
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     products = Products(symmetric())
-    monkeypatch.setattr(hvpfast.products, "available_bytes", lambda *args, **kwargs: 10_000_000)
+    monkeypatch.setattr(
+        hvpfast.operators.matvecs, "available_bytes", lambda *args, **kwargs: 10_000_000
+    )
     products.check_room(1_000, 2, "a basis")  # too small to look at memory
     products.size = 1_000_000
     with pytest.raises(
         MemoryError, match=r"a basis: 5 vectors of 1,000,000 .* take 80 MB, and 10 MB.*; 0 fit"
     ):
         products.check_room(5, 2, "a basis")
-    monkeypatch.setattr(hvpfast.products, "available_bytes", lambda *args, **kwargs: 2**40)
+    monkeypatch.setattr(hvpfast.operators.matvecs, "available_bytes", lambda *args, **kwargs: 2**40)
     products.check_room(5, 2, "a basis")
     assert products.chunk() >= 1

@@ -12,7 +12,7 @@ from helpers import dense_ggn, dense_hessian
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.backends import reference
+from hvpfast.backends.reference import state as reference
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

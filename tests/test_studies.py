@@ -14,17 +14,9 @@ import torch
 from scipy import stats
 
 import hvpfast as hf
-from hvpfast.studies import data, findings, tuning
-from hvpfast.studies.folder import StudyError
-from hvpfast.studies.statistics import (
-    NUM_FLIPS,
-    bootstrap_interval,
-    holm,
-    paired,
-    random_sign_flip_p,
-    sign_flip_p,
-)
-from hvpfast.studies.training import (
+from hvpfast.lab.data import splits
+from hvpfast.lab.measure import tuning
+from hvpfast.lab.measure.training import (
     Diverged,
     constant_prediction,
     curvature,
@@ -32,14 +24,24 @@ from hvpfast.studies.training import (
     linear_prediction,
     linearize,
 )
+from hvpfast.lab.report import compare
+from hvpfast.lab.report.statistics import (
+    NUM_FLIPS,
+    bootstrap_interval,
+    holm,
+    paired,
+    random_sign_flip_p,
+    sign_flip_p,
+)
+from hvpfast.lab.runs.folder import StudyError
 
 for package in ("mnist1d", "optuna", "matplotlib"):
     pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
-def small() -> data.Data:
-    return data.mnist1d(500, 0.2, 0, torch.float32)
+def small() -> splits.Data:
+    return splits.mnist1d(500, 0.2, 0, torch.float32)
 
 
 # data
@@ -51,7 +53,7 @@ def test_mnist1d_is_the_published_one_and_global_generators_stay(num_samples: in
     np.random.seed(7)  # noqa: NPY002
     torch.manual_seed(7)
     expected = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    made = data.mnist1d(num_samples, 0.2, 0, torch.float64)
+    made = splits.mnist1d(num_samples, 0.2, 0, torch.float64)
     assert made.check == "equal by SHA-256"
     assert random.getstate() == expected[0]
     assert (np.random.get_state()[1] == expected[1]).all()  # noqa: NPY002
@@ -62,68 +64,68 @@ def test_mnist1d_is_the_published_one_and_global_generators_stay(num_samples: in
 
 
 def test_verify_tolerates_a_flipped_rounding_and_nothing_else() -> None:
-    made = data.make_mnist1d(2000)
+    made = splits.make_mnist1d(2000)
     x, y = (np.concatenate([made[k], made[f"{k}_test"]]) for k in ("x", "y"))
     offset = (1e6 * x) % 1 - 0.5
     at = np.unravel_index(np.abs(offset).argmin(), x.shape)  # the value nearest a rounding edge
     flipped = x.copy()
     flipped[at] -= 2e-6 * offset[at]
     assert round(1e6 * flipped[at]) != round(1e6 * x[at])
-    assert data.verify(flipped, y) == "equal to 1e-9"
+    assert splits.verify(flipped, y) == "equal to 1e-9"
     for wrong in (x + 1e-7 * (np.arange(40) == 3), np.roll(x, 1, axis=0), x[:, ::-1], -x):
         with pytest.raises(StudyError, match="other data than the published 2000"):
-            data.verify(wrong, y)
+            splits.verify(wrong, y)
     with pytest.raises(StudyError, match="other data"):
-        data.verify(x, np.roll(y, 1))
-    assert data.verify(x[:50], y[:50]) == "nothing published for this size"
+        splits.verify(x, np.roll(y, 1))
+    assert splits.verify(x[:50], y[:50]) == "nothing published for this size"
 
 
-def test_splits_are_disjoint_complete_and_named_by_the_root_seed(small: data.Data) -> None:
-    made = data.make_mnist1d(500)
+def test_splits_are_disjoint_complete_and_named_by_the_root_seed(small: splits.Data) -> None:
+    made = splits.make_mnist1d(500)
     pool = {row.tobytes() for row in np.asarray(made["x"], np.float32)}
     parts = [{row.tobytes() for row in s.x.numpy()} for s in (small.train, small.val, small.test)]
     assert parts[0] | parts[1] == pool
     assert [len(part) for part in parts] == [320, 80, 100]
     assert not parts[0] & parts[1]
     assert not (parts[0] | parts[1]) & parts[2]
-    again = data.mnist1d(500, 0.2, 0, torch.float32)
+    again = splits.mnist1d(500, 0.2, 0, torch.float32)
     assert torch.equal(again.val.x, small.val.x)
-    assert not torch.equal(data.mnist1d(500, 0.2, 1, torch.float32).val.x, small.val.x)
+    assert not torch.equal(splits.mnist1d(500, 0.2, 1, torch.float32).val.x, small.val.x)
 
 
-def test_protocols_without_validation_use_the_test_split(small: data.Data) -> None:
-    made = data.mnist1d(500, 0.0, 0, torch.float32)
+def test_protocols_without_validation_use_the_test_split(small: splits.Data) -> None:
+    made = splits.mnist1d(500, 0.0, 0, torch.float32)
     assert made.val is made.test
     assert torch.equal(made.test.x, small.test.x)
     assert len(made.train.y) == 400
 
 
 def test_split_sizes() -> None:
-    assert data.split_sizes(5000, 0.2) == (3200, 800, 1000)
-    assert data.split_sizes(2000, 0.2) == (1280, 320, 400)
+    assert splits.split_sizes(5000, 0.2) == (3200, 800, 1000)
+    assert splits.split_sizes(2000, 0.2) == (1280, 320, 400)
     for num_samples in (0, -10, 505):
         with pytest.raises(ValueError, match="multiple of 10"):
-            data.split_sizes(num_samples, 0.2)
+            splits.split_sizes(num_samples, 0.2)
     for val_fraction in (-0.1, 0.0, 0.01, 0.99, 1.0, math.nan):
         with pytest.raises(ValueError, match="val_fraction must leave samples"):
-            data.split_sizes(20, val_fraction)
+            splits.split_sizes(20, val_fraction)
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mnist1d.data", None)
     with pytest.raises(StudyError, match=r"mnist1d.*pip install 'hvpfast\[studies\]'"):
-        data.make_mnist1d(500)
+        splits.make_mnist1d(500)
 
 
 def test_named_streams_are_fixed_and_distinct() -> None:
-    assert data.fold(0, "split") == 3769940940748469125
+    assert splits.fold(0, "split") == 3769940940748469125
     names = [
         (0, "init", "tune", 1),
         (0, "init", "final", 1),
         (1, "init", "tune", 1),
         (0, "init", 1),
     ]
-    seeds = {data.fold(root, *rest) for root, *rest in names}
+    seeds = {splits.fold(root, *rest) for root, *rest in names}
     assert len(seeds) == len(names)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -206,12 +208,12 @@ def test_compare_says_lower_higher_or_no_evidence() -> None:
     rng = np.random.default_rng(1)
     base = rng.uniform(1, 2, 8)
     noise = rng.normal(0, 0.01, 8)
-    verdicts = [findings.compare(base, base + shift + noise)["verdict"] for shift in (-0.1, 0, 0.1)]
+    verdicts = [compare.compare(base, base + shift + noise)["verdict"] for shift in (-0.1, 0, 0.1)]
     assert verdicts == ["lower", "no evidence of a difference", "higher"]
-    third = findings.compare(base, base / 3, ratio=True)
+    third = compare.compare(base, base / 3, ratio=True)
     assert (third["kind"], third["verdict"]) == ("ratio", "lower")
     assert third["mean"] == pytest.approx(1 / 3)
-    assert findings.compare([1.0, -1.0], [1.0, 1.0], ratio=True)["kind"] == "difference"
+    assert compare.compare([1.0, -1.0], [1.0, 1.0], ratio=True)["kind"] == "difference"
 
 
 def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
@@ -219,37 +221,35 @@ def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
     base = rng.uniform(1, 2, 12)
     pairs = {name: base + shift + rng.normal(0, 0.01, 12) for name, shift in
              (("less", -0.1), ("more", 0.1), ("same", 0.0))}  # fmt: skip
-    found = findings.holm_correct({k: findings.compare(base, v) for k, v in pairs.items()})
+    found = compare.holm_correct({k: compare.compare(base, v) for k, v in pairs.items()})
     assert [found[k]["verdict_holm"] for k in pairs] == [
         "lower", "higher", "no evidence of a difference"
     ]  # fmt: skip
     assert found["less"]["p_holm"] == pytest.approx(3 * found["less"]["p"])
-    half = findings.compare(base, base / 2, ratio=True)
-    assert findings.holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
-    assert findings.interval(half, "boot_").startswith("[×0.5")
+    half = compare.compare(base, base / 2, ratio=True)
+    assert compare.holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
+    assert compare.interval(half, "boot_").startswith("[×0.5")
 
 
 def test_p_values_that_were_drawn_are_bounds() -> None:
-    many, few = findings.compare([0.0] * 50, [1.0] * 50), findings.compare([0.0] * 9, [1.0] * 9)
-    assert findings.p_value(many) == "≤ 1e-05"
-    assert findings.p_value(few) == "0.0039"
-    assert findings.p_value(findings.compare([1.0], [2.0])) == "–"
+    many, few = compare.compare([0.0] * 50, [1.0] * 50), compare.compare([0.0] * 9, [1.0] * 9)
+    assert compare.p_value(many) == "≤ 1e-05"
+    assert compare.p_value(few) == "0.0039"
+    assert compare.p_value(compare.compare([1.0], [2.0])) == "–"
 
 
 def test_words_for_numbers() -> None:
-    assert [findings.number(v, 2) for v in (297.3, 114.9, -12345.6, 99.7)] == [
+    assert [compare.number(v, 2) for v in (297.3, 114.9, -12345.6, 99.7)] == [
         "300", "110", "-12000", "100",
     ]  # fmt: skip
-    assert [findings.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
+    assert [compare.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
         "–", "0", "1e-05", "0.123", "1.50e+07"
     ]  # fmt: skip
-    assert findings.change(-0.25, "difference") == "-0.2500"
-    assert findings.change(0.25, "ratio") == "×0.25"
-    assert findings.count(1, "seed") == "1 seed"
-    assert (
-        findings.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
-    )
-    assert findings.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
+    assert compare.change(-0.25, "difference") == "-0.2500"
+    assert compare.change(0.25, "ratio") == "×0.25"
+    assert compare.count(1, "seed") == "1 seed"
+    assert compare.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
+    assert compare.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
 
 
 # tuning
@@ -285,9 +285,9 @@ def test_search_tries_shared_points_first_follows_its_seed_and_survives_failures
 # measuring
 
 
-def test_linearize_does_not_take_a_fault_for_a_divergence(small: data.Data) -> None:
+def test_linearize_does_not_take_a_fault_for_a_divergence(small: splits.Data) -> None:
     spec, model = hf.MLPSpec((40, 8, 10)), hf.MLP((40, 8, 10))
-    broken = data.Split(small.train.x, small.train.y * torch.nan)
+    broken = splits.Split(small.train.x, small.train.y * torch.nan)
     with pytest.raises((TypeError, ValueError)):
         linearize(spec, model, replace(broken, y=small.train.y + 5.5), "reference", 2)
     with torch.no_grad():
@@ -303,19 +303,19 @@ def test_linearize_does_not_take_a_fault_for_a_divergence(small: data.Data) -> N
 def test_exact_curvature_is_that_of_the_dense_matrix(
     kind: str, sizes: tuple[int, ...], num: int
 ) -> None:
-    model = hf.MLP(sizes, "tanh", dtype=torch.float64, generator=data.generator(0, "test"))
-    x = torch.randn(num, sizes[0], dtype=torch.float64, generator=data.generator(1, "test"))
+    model = hf.MLP(sizes, "tanh", dtype=torch.float64, generator=splits.generator(0, "test"))
+    x = torch.randn(num, sizes[0], dtype=torch.float64, generator=splits.generator(1, "test"))
     y = torch.arange(num) % 3
     spec = hf.MLPSpec(model.sizes, activation="tanh")
     lin = hf.linearize(spec, model.flat, x, y, backend="reference", order=2)
     identity = torch.eye(spec.num_params, dtype=torch.float64)
     dense = hf.hvp(lin, identity) if kind == "hessian" else hf.ggnvp(lin, identity)
-    found = exact_curvature(model, data.Split(x, y), "auto", kind)
+    found = exact_curvature(model, splits.Split(x, y), "auto", kind)
     assert found[f"{kind}_fro2"] == pytest.approx(float(dense.square().sum()), rel=1e-10)
     assert found[f"{kind}_trace"] == pytest.approx(float(dense.trace()), rel=1e-10)
 
 
-def test_predictors_without_a_network(small: data.Data) -> None:
+def test_predictors_without_a_network(small: splits.Data) -> None:
     constant = constant_prediction(small)
     shares = torch.bincount(small.train.y, minlength=10).double() / 320
     assert constant["test_loss"] == pytest.approx(float(-shares.log()[small.test.y].mean()))
@@ -325,8 +325,8 @@ def test_predictors_without_a_network(small: data.Data) -> None:
     rng = np.random.default_rng(0)
     x = torch.as_tensor(rng.normal(size=(300, 2)))
     y = (x[:, 0] > x[:, 1]).long()
-    splits = [data.Split(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
-    easy = linear_prediction(data.Data(*splits, check="", num_classes=2))
+    splits = [splits.Split(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
+    easy = linear_prediction(splits.Data(*splits, check="", num_classes=2))
     assert easy["test_accuracy"] > 0.95
     assert easy["decay"] == 1e-4
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from hvpfast.studies import datasets, published
-from hvpfast.studies.data import Arrays, Data, three_way
-from hvpfast.studies.folder import StudyError
-from hvpfast.studies.training import linear_prediction
+from hvpfast.lab.data import datasets, image_files
+from hvpfast.lab.data.splits import Arrays, Data, three_way
+from hvpfast.lab.measure.training import linear_prediction
+from hvpfast.lab.runs.folder import StudyError
 
 SMALL = Arrays(
     "small",
@@ -178,9 +178,9 @@ def mnist(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     images = [random.integers(256, size=(n, 28, 28), dtype=np.uint8) for n in (6, 3)]
     labels = [np.arange(n, dtype=np.uint8) for n in (6, 3)]
     arrays = (images[0], labels[0], images[1], labels[1])
-    files = {name: idx(a) for name, a in zip(published.MNIST, arrays, strict=True)}
+    files = {name: idx(a) for name, a in zip(image_files.MNIST, arrays, strict=True)}
     sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(published, "MNIST", sums)
+    monkeypatch.setattr(image_files, "MNIST", sums)
     return files
 
 
@@ -278,7 +278,7 @@ def cifar(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     parts = {"train": pickled(7), "test": pickled(4)}
     sums = {name: hashlib.md5(content).hexdigest() for name, content in parts.items()}
-    monkeypatch.setattr(published, "CIFAR", sums)
+    monkeypatch.setattr(image_files, "CIFAR", sums)
     return parts
 
 
@@ -317,5 +317,5 @@ def test_damaged_or_absent_cifar100_is_named(cifar: dict[str, bytes], tmp_path: 
 
 def test_pickles_make_arrays_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(pickle.UnpicklingError, match="has no place in a data set"):
-        published.batch(pickled(2, Harmful()))
+        image_files.batch(pickled(2, Harmful()))
     assert capsys.readouterr().out == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from html.parser import HTMLParser
 
-from hvpfast.studies.html import page
+from hvpfast.lab.report.html import page
 
 REPORT = """# A < B & *what* follows
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from hvpfast import cli
-from hvpfast.info import usable_cores
-from hvpfast.studies import hessian_norm, progress, sharing
-from hvpfast.studies.folder import LOCK, RunFolder, StudyError
-from hvpfast.studies.progress import Orphaned, Progress
-from hvpfast.studies.run import Study, known_by_name, run
-from hvpfast.studies.sharing import Claims, Helpers, Team, team
+from hvpfast import __main__ as cli
+from hvpfast.lab.environment import usable_cores
+from hvpfast.lab.runs import progress, sharing
+from hvpfast.lab.runs.folder import LOCK, RunFolder, StudyError
+from hvpfast.lab.runs.progress import Orphaned, Progress
+from hvpfast.lab.runs.run import Study, known_by_name, run
+from hvpfast.lab.runs.sharing import Claims, Helpers, Team, team
+from hvpfast.studies.hessian_norm import experiment as hessian_norm
 
 for package in ("mnist1d", "matplotlib"):
     pytest.importorskip(package)

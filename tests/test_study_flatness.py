@@ -15,16 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.studies import (
-    flatness,
-    flatness_data,
-    flatness_measures,
-    flatness_timing,
-    flatness_training,
-)
-from hvpfast.studies.arguments import field_docs
-from hvpfast.studies.data import Data, Split, generator
-from hvpfast.studies.folder import StudyError
+from hvpfast.lab.data.splits import Data, Split, generator
+from hvpfast.lab.runs.config import field_docs
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.studies.flatness import data as flatness_data
+from hvpfast.studies.flatness import experiment as flatness
+from hvpfast.studies.flatness import measure as flatness_measures
+from hvpfast.studies.flatness import timing
+from hvpfast.studies.flatness import train as flatness_training
 from tests.helpers import dense_ggn, dense_hessian
 
 pytest.importorskip("matplotlib")
@@ -86,18 +84,18 @@ def test_the_penalised_gradient_is_double_backward_with_the_same_probes(kind: st
     net = flatness_training.network(model, "reference")
     if kind == "module":
         net = flatness_training.network(model.to_sequential(), "reference")
-    twin = flatness_timing.twin(model)
+    twin = timing.twin(model)
     x = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = Split(x, torch.arange(20) % 4)
     loss, penalty = flatness_training.step_gradient(net, batch, 0.03, 3, seed=11)
     rows = hf.probes(59, 3, distribution="normal", seed=11, dtype=torch.float64).T
-    expected = flatness_timing.torch_gradient(twin, batch, 0.03, rows)
+    expected = timing.torch_gradient(twin, batch, 0.03, rows)
     assert loss == pytest.approx(float(expected[0]), rel=1e-12)
     assert penalty == pytest.approx(float(expected[1]), rel=1e-10)
-    ours, theirs = (flatness_timing.flat_gradient(m) for m in (net.model, twin))
+    ours, theirs = (timing.flat_gradient(m) for m in (net.model, twin))
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    flatness_timing.torch_gradient(twin, batch, 0.0, None)
-    assert not torch.allclose(ours, flatness_timing.flat_gradient(twin))  # the penalty arrives
+    timing.torch_gradient(twin, batch, 0.0, None)
+    assert not torch.allclose(ours, timing.flat_gradient(twin))  # the penalty arrives
 
 
 @pytest.mark.parametrize("kind", ["mlp", "module"])
@@ -118,15 +116,13 @@ def test_the_gauss_newton_matrix_can_be_penalised_instead(kind: str) -> None:
 
 def test_lambda_zero_is_plain_torch_training(data: Data) -> None:
     net = make(data)(3)
-    model = flatness_timing.twin(net.model)
+    model = timing.twin(net.model)
     trained = flatness_training.train(SMOKE, data, net, 0.0, 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=SMOKE.learning_rate)
     batches, losses = generator(SMOKE.root_seed, "batches", 3), []
     for _ in range(SMOKE.num_epochs):
         for index in torch.randperm(256, generator=batches).view(4, 64):
-            flatness_timing.torch_gradient(
-                model, Split(data.train.x[index], data.train.y[index]), 0.0, None
-            )
+            timing.torch_gradient(model, Split(data.train.x[index], data.train.y[index]), 0.0, None)
             optimizer.step()
         with torch.no_grad():
             losses.append(float(F.cross_entropy(model(data.val.x), data.val.y)))
@@ -183,7 +179,7 @@ def test_the_probes_of_a_step_are_told_from_fresh_ones(data: Data) -> None:
     net, batch = make(data)(0), Split(data.train.x[:64], data.train.y[:64])
     value = flatness_training.flatness(net, batch, 2, 5)
     rows = hf.probes(net.num_params, 2, distribution="normal", seed=5).T
-    expected = flatness_timing.torch_gradient(flatness_timing.twin(net.model), batch, 1.0, rows)[1]
+    expected = timing.torch_gradient(timing.twin(net.model), batch, 1.0, rows)[1]
     assert value == pytest.approx(float(expected) / 64, rel=1e-4)
 
 

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvpfast.studies import flatness, flatness_artefacts, flatness_findings, flatness_report
-from hvpfast.studies.folder import StudyError
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.studies.flatness import artefacts as flatness_artefacts
+from hvpfast.studies.flatness import experiment as flatness
+from hvpfast.studies.flatness import findings as flatness_findings
+from hvpfast.studies.flatness import report as flatness_report
 
 pytest.importorskip("matplotlib")
 

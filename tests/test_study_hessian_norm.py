@@ -15,14 +15,22 @@ import torch
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.studies import data, hessian_norm, hessian_norm_published, hessian_norm_text
-from hvpfast.studies import hessian_norm_report as reporting
-from hvpfast.studies.arguments import field_docs
-from hvpfast.studies.folder import StudyError
-from hvpfast.studies.hessian_norm_torch import exact_step, hessian_fro2, penalty, train_by_torch
-from hvpfast.studies.hessian_norm_training import Setting, Shape, batches, step_of, train
-from hvpfast.studies.run import run
-from hvpfast.studies.training import exact_curvature
+from hvpfast.lab.data import splits
+from hvpfast.lab.measure.training import exact_curvature
+from hvpfast.lab.runs.config import field_docs
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.lab.runs.run import run
+from hvpfast.studies.hessian_norm import experiment as hessian_norm
+from hvpfast.studies.hessian_norm import findings as reporting
+from hvpfast.studies.hessian_norm import published as hessian_norm_published
+from hvpfast.studies.hessian_norm import report as hessian_norm_text
+from hvpfast.studies.hessian_norm.torch_baseline import (
+    exact_step,
+    hessian_fro2,
+    penalty,
+    train_by_torch,
+)
+from hvpfast.studies.hessian_norm.train import Setting, Shape, batches, step_of, train
 
 for package in ("mnist1d", "matplotlib"):
     pytest.importorskip(package)
@@ -34,7 +42,7 @@ PENALISED = Setting("penalised", "relu", 1e-2, 1e-2)
 
 
 @pytest.fixture(scope="module")
-def small() -> data.Data:
+def small() -> splits.Data:
     return hessian_norm.load(SMOKE)
 
 
@@ -46,7 +54,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(
-    shape: Shape, made: data.Data, setting: Setting, purpose: str = "final", seed: int = 0
+    shape: Shape, made: splits.Data, setting: Setting, purpose: str = "final", seed: int = 0
 ) -> list[float]:
     return [row["val_loss"] for row in train(shape, made, setting, purpose, seed).epochs]
 
@@ -55,15 +63,15 @@ def losses(
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3])
-def test_the_plain_step_is_torch_training(small: data.Data, strength: float) -> None:
+def test_the_plain_step_is_torch_training(small: splits.Data, strength: float) -> None:
     found = train(SHAPE, small, replace(PLAIN, strength=strength), "final", 5)
-    start = hf.MLP(SHAPE.sizes, generator=data.generator(0, "init", "final", 5))
+    start = hf.MLP(SHAPE.sizes, generator=splits.generator(0, "init", "final", 5))
     model = nn.Sequential(nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 10))
     with torch.no_grad():
         for p, value in zip(model.parameters(), start.weights, strict=True):
             p.copy_(value)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=strength)
-    order, expected = data.generator(0, "batches", "final", 5), []
+    order, expected = splits.generator(0, "batches", "final", 5), []
     for _ in range(2):
         for batch in torch.randperm(320, generator=order).split(128):
             optimizer.zero_grad()
@@ -77,18 +85,18 @@ def test_the_plain_step_is_torch_training(small: data.Data, strength: float) -> 
 
 
 def one_step(
-    small: data.Data, setting: Setting, backend: str
-) -> tuple[hf.MLP, data.Split, tuple[float, float | None, torch.Tensor]]:
-    generator = data.generator(0, "test")
+    small: splits.Data, setting: Setting, backend: str
+) -> tuple[hf.MLP, splits.Split, tuple[float, float | None, torch.Tensor]]:
+    generator = splits.generator(0, "test")
     model = hf.MLP(SHAPE.sizes, setting.activation, dtype=torch.float64, generator=generator)
-    batch = data.Split(small.train.x[:50].double(), small.train.y[:50])
+    batch = splits.Split(small.train.x[:50].double(), small.train.y[:50])
     before = model.flat.detach().clone()
     result = step_of(replace(SHAPE, backend=backend), model, setting)(batch, 11)
     assert torch.equal(model.flat, before)
     return model, batch, result
 
 
-def autograd(model: hf.MLP, batch: data.Split) -> tuple[torch.Tensor, torch.Tensor]:
+def autograd(model: hf.MLP, batch: splits.Split) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy and its gradient, with a graph."""
     ce = nn.functional.cross_entropy(model(batch.x), batch.y)
     return ce, torch.autograd.grad(ce, model.flat, create_graph=True)[0]
@@ -96,7 +104,7 @@ def autograd(model: hf.MLP, batch: data.Split) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_penalised_gradient_is_double_backward_with_the_same_probe(
-    small: data.Data, backend: str
+    small: splits.Data, backend: str
 ) -> None:
     setting = Setting("penalised", "tanh", 1e-2, 0.03)
     model, batch, (loss, value, grad) = one_step(small, setting, backend)
@@ -110,7 +118,7 @@ def test_the_penalised_gradient_is_double_backward_with_the_same_probe(
     assert not torch.allclose(grad, g)  # the penalty does reach the parameters
 
 
-def test_the_placebo_computes_the_penalty_and_leaves_the_gradient(small: data.Data) -> None:
+def test_the_placebo_computes_the_penalty_and_leaves_the_gradient(small: splits.Data) -> None:
     setting = Setting("placebo", "tanh", 1e-2, 0.03)
     _, _, (loss, value, grad) = one_step(small, setting, "auto")
     _, _, (same, penalised, _) = one_step(small, replace(setting, method="penalised"), "auto")
@@ -119,7 +127,7 @@ def test_the_placebo_computes_the_penalty_and_leaves_the_gradient(small: data.Da
     assert torch.equal(grad, plain)
 
 
-def test_the_exact_gradient_is_that_of_the_whole_norm(small: data.Data) -> None:
+def test_the_exact_gradient_is_that_of_the_whole_norm(small: splits.Data) -> None:
     setting = Setting("exact", "tanh", 1e-2, 0.03)
     model, batch, (_, value, grad) = one_step(small, setting, "auto")
     ce, g = autograd(model, batch)
@@ -135,7 +143,7 @@ def test_the_exact_gradient_is_that_of_the_whole_norm(small: data.Data) -> None:
     assert torch.allclose(grad, expected, rtol=1e-8, atol=1e-11)
 
 
-def test_sam_takes_the_gradient_at_the_worst_point_of_a_ball(small: data.Data) -> None:
+def test_sam_takes_the_gradient_at_the_worst_point_of_a_ball(small: splits.Data) -> None:
     setting = Setting("sam", "tanh", 1e-2, 0.3)
     model, batch, (loss, value, grad) = one_step(small, setting, "auto")
     ce, g = autograd(model, batch)
@@ -147,7 +155,7 @@ def test_sam_takes_the_gradient_at_the_worst_point_of_a_ball(small: data.Data) -
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_placebo_is_the_baseline_bit_for_bit(small: data.Data, backend: str) -> None:
+def test_the_placebo_is_the_baseline_bit_for_bit(small: splits.Data, backend: str) -> None:
     shape = replace(SHAPE, backend=backend)
     base = losses(shape, small, PLAIN)
     assert losses(shape, small, replace(PENALISED, method="placebo")) == base
@@ -155,7 +163,7 @@ def test_the_placebo_is_the_baseline_bit_for_bit(small: data.Data, backend: str)
     assert losses(shape, small, PENALISED)[2] != base[2]
 
 
-def test_arms_of_a_seed_share_weights_and_batches_and_seeds_do_not(small: data.Data) -> None:
+def test_arms_of_a_seed_share_weights_and_batches_and_seeds_do_not(small: splits.Data) -> None:
     base = losses(SHAPE, small, PLAIN)
     tiny = losses(SHAPE, small, replace(PENALISED, strength=1e-12))
     assert tiny == pytest.approx(base, rel=1e-4)
@@ -167,7 +175,7 @@ def test_arms_of_a_seed_share_weights_and_batches_and_seeds_do_not(small: data.D
     assert other[2]["val_loss"] != base[2]
 
 
-def test_batches_are_the_permuted_data_and_probes_differ(small: data.Data) -> None:
+def test_batches_are_the_permuted_data_and_probes_differ(small: splits.Data) -> None:
     epochs = [list(epoch) for epoch in batches(SHAPE, small, "final", 0)]
     assert [len(batch.y) for batch, _ in epochs[0]] == [128, 128, 64]
     for epoch in epochs:
@@ -177,7 +185,7 @@ def test_batches_are_the_permuted_data_and_probes_differ(small: data.Data) -> No
     assert len({seed for epoch in epochs for _, seed in epoch}) == 6
 
 
-def test_training_leaves_global_state_alone(small: data.Data) -> None:
+def test_training_leaves_global_state_alone(small: splits.Data) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     train(SHAPE, small, PENALISED, "final", 0)
@@ -185,7 +193,7 @@ def test_training_leaves_global_state_alone(small: data.Data) -> None:
 
 
 @pytest.mark.parametrize("method", ["plain", "penalised", "placebo", "exact", "sam"])
-def test_divergence_is_a_result(small: data.Data, method: str) -> None:
+def test_divergence_is_a_result(small: splits.Data, method: str) -> None:
     setting = Setting(method, "relu", 1e30, 1e-3)
     shape = replace(SHAPE, backend="auto")
     assert train(shape, small, setting, "final", 0).diverged
@@ -202,14 +210,14 @@ def test_divergence_is_a_result(small: data.Data, method: str) -> None:
 
 
 @pytest.mark.parametrize("setting", [PLAIN, Setting("sam", "relu", 1e-2, 0.1)])
-def test_training_by_torch_is_the_same_training(small: data.Data, setting: Setting) -> None:
+def test_training_by_torch_is_the_same_training(small: splits.Data, setting: Setting) -> None:
     ours = train(SHAPE, small, setting, "final", 3).model
     theirs = train_by_torch(SHAPE, small, setting, "final", 3)
     with torch.no_grad():
         assert torch.allclose(ours(small.test.x), theirs(small.test.x), rtol=1e-3, atol=1e-3)
 
 
-def test_the_exact_step_of_torch_is_ours(small: data.Data) -> None:
+def test_the_exact_step_of_torch_is_ours(small: splits.Data) -> None:
     setting = Setting("exact", "tanh", 1e-2, 0.03)
     model, batch, (_, _, grad) = one_step(small, setting, "auto")
     theirs = model.to_sequential()
@@ -222,22 +230,22 @@ def test_the_exact_step_of_torch_is_ours(small: data.Data) -> None:
     assert torch.equal(plain(small.test.x), same(small.test.x))
 
 
-def test_the_penalty_of_torch_has_the_mean_of_ours(small: data.Data) -> None:
-    model = hf.MLP((40, 4, 10), "tanh", generator=data.generator(0, "test")).to_sequential()
+def test_the_penalty_of_torch_has_the_mean_of_ours(small: splits.Data) -> None:
+    model = hf.MLP((40, 4, 10), "tanh", generator=splits.generator(0, "test")).to_sequential()
     x, y = small.train.x[:30], small.train.y[:30]
     params = list(model.parameters())
     values = []
     for seed in range(200):
         loss = nn.functional.cross_entropy(model(x), y)
         values.append(float(penalty(loss, params, seed).detach()))
-    norm = hessian_fro2(model, data.Split(x, y))
+    norm = hessian_fro2(model, splits.Split(x, y))
     assert abs(np.mean(values) - norm) < 4 * np.std(values) / math.sqrt(200)
     loss = nn.functional.cross_entropy(model(x), y)
     penalty(loss, params, 0).backward()
     assert params[0].grad is not None
     assert float(params[0].grad.norm()) > 0
     flat = hf.MLP.from_sequential(model)
-    found = exact_curvature(flat, data.Split(x, y), "auto")
+    found = exact_curvature(flat, splits.Split(x, y), "auto")
     assert found["hessian_fro2"] == pytest.approx(norm, rel=1e-3)
 
 

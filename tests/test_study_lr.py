@@ -16,19 +16,17 @@ import torch.nn.functional as F
 from scipy import stats
 
 import hvpfast as hf
-from hvpfast.studies import data as datasets
-from hvpfast.studies import (
-    lr_adaptation,
-    lr_adaptation_findings,
-    lr_adaptation_proxies,
-    lr_adaptation_published,
-    lr_adaptation_report,
-)
-from hvpfast.studies.arguments import field_docs
-from hvpfast.studies.folder import StudyError
-from hvpfast.studies.lr_adaptation_findings import ARMS, CLAIMS
-from hvpfast.studies.lr_adaptation_training import Stream, Trained, spec, train
-from hvpfast.studies.run import run
+from hvpfast.lab.data import splits as datasets
+from hvpfast.lab.runs.config import field_docs
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.lab.runs.run import run
+from hvpfast.studies.lr_adaptation import experiment as lr_adaptation
+from hvpfast.studies.lr_adaptation import findings as lr_adaptation_findings
+from hvpfast.studies.lr_adaptation import measure as lr_adaptation_proxies
+from hvpfast.studies.lr_adaptation import published as lr_adaptation_published
+from hvpfast.studies.lr_adaptation import report as lr_adaptation_report
+from hvpfast.studies.lr_adaptation.findings import ARMS, CLAIMS
+from hvpfast.studies.lr_adaptation.train import Stream, Trained, spec, train
 
 for package in ("mnist1d", "optuna", "matplotlib"):
     pytest.importorskip(package)

@@ -15,20 +15,18 @@ import torch
 import torch.nn.functional as F
 
 import hvpfast as hf
-from hvpfast.studies import (
-    spectral,
-    spectral_data,
-    spectral_files,
-    spectral_findings,
-    spectral_measures,
-    spectral_report,
-    spectral_training,
-)
-from hvpfast.studies.arguments import field_docs
-from hvpfast.studies.data import Split
-from hvpfast.studies.findings import table
-from hvpfast.studies.folder import StudyError, read_rows
-from hvpfast.studies.spectral_data import Problem
+from hvpfast.lab.data.splits import Split
+from hvpfast.lab.report.compare import table
+from hvpfast.lab.runs.config import field_docs
+from hvpfast.lab.runs.folder import StudyError, read_rows
+from hvpfast.studies.spectral import artefacts as spectral_files
+from hvpfast.studies.spectral import data as spectral_data
+from hvpfast.studies.spectral import experiment as spectral
+from hvpfast.studies.spectral import findings as spectral_findings
+from hvpfast.studies.spectral import measure as spectral_measures
+from hvpfast.studies.spectral import report as spectral_report
+from hvpfast.studies.spectral import train as spectral_training
+from hvpfast.studies.spectral.data import Problem
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")

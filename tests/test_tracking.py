@@ -18,8 +18,8 @@ from killing import jobs, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvpfast import tracking
-from hvpfast.tracking import QUANTITIES, CurvatureLogger, read_log
+from hvpfast.analysis.tracking import logger as tracking
+from hvpfast.analysis.tracking.logger import QUANTITIES, CurvatureLogger, read_log
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import itertools
 import os
 import re
@@ -17,11 +16,14 @@ from cases import CASES
 from covering import axes, covering_cases, pairs
 
 import hvpfast as hf
-from hvpfast.backends import choose, triton, triton_tf32x3
-from hvpfast.spec import ACTIVATIONS
+from hvpfast.backends import choose
+from hvpfast.backends.cuda import state as cuda
+from hvpfast.backends.triton import state as triton
+from hvpfast.backends.triton import tf32x3
+from hvpfast.mlp.spec import ACTIVATIONS
 
 TESTS = Path(__file__).parent
-KERNELS = Path(hf.__file__).parent / "backends" / "triton_kernels"
+BACKENDS = Path(hf.__file__).parent / "backends"
 
 
 def test_cover_is_complete() -> None:
@@ -100,7 +102,7 @@ def test_unsupported(
 def test_nothing_waits_for_the_device_or_reads_it() -> None:
     """Every operation goes through on tensors that have no values."""
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels.compilation import launches, problems
+    from hvpfast.backends.triton.compilation import launches, problems
 
     for problem in problems(torch.float32):
         assert len(launches(problem, torch.float32)) > 20
@@ -109,7 +111,7 @@ def test_nothing_waits_for_the_device_or_reads_it() -> None:
 def test_products_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large ones and long sums, in full precision or not at all."""
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels.gemm import torch_is_faster
+    from hvpfast.backends.triton.gemm import torch_is_faster
 
     single, double = torch.empty(0), torch.empty(0, dtype=torch.float64)
     large, long = (512, 1024, 784, 1), (64, 256, 3072, 3)
@@ -143,7 +145,7 @@ def test_triton_is_not_imported_unasked() -> None:
 def kernel_names() -> set[str]:
     """Every function that is launched: its body asks which program it is, or for its tile."""
     names = set()
-    for file in KERNELS.glob("*.py"):
+    for file in (*BACKENDS.glob("triton/*.py"), BACKENDS / "probes" / "triton.py"):
         for node in ast.parse(file.read_text()).body:
             if not isinstance(node, ast.FunctionDef) or node.name == "own_tile":
                 continue
@@ -161,7 +163,7 @@ def test_kernels_compile_without_spills() -> None:
     ``hvpfast bench kernels`` compiles them all.
     """
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels.compilation import kernel_records
+    from hvpfast.backends.triton.compilation import kernel_records
 
     records = kernel_records(dtypes=[torch.float32], capabilities=[90])
     assert {"ieee", "tf32x3"} == {
@@ -181,7 +183,7 @@ def test_kernels_compile_without_spills() -> None:
 def test_a_spill_is_seen() -> None:
     """A tile too large for its threads: the figures are not zero by themselves."""
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels import compilation
+    from hvpfast.backends.triton import compilation
 
     problem = compilation.Problem(hf.MLPSpec((40, 32, 10), "tanh"), 8, 64, 2)
     recorded = compilation.launches(problem, torch.float32)
@@ -198,7 +200,7 @@ def test_a_spill_is_seen() -> None:
 def test_products_have_the_named_precision(precision: str) -> None:
     """Tensor cores multiply TF32 numbers, three products for one, only where that is asked for."""
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels import compilation
+    from hvpfast.backends.triton import compilation
 
     problem = compilation.Problem(hf.MLPSpec((40, 32, 10)), 8, 64, 2, precision=precision)
     recorded = compilation.launches(problem, torch.float32)
@@ -213,17 +215,16 @@ def test_products_have_the_named_precision(precision: str) -> None:
 def test_tf32x3_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, device = hf.MLPSpec((3, 4)), torch.device("cuda")
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert "full precision" in str(triton_tf32x3.unavailable())
+    assert "full precision" in str(tf32x3.unavailable())
     monkeypatch.setattr(triton, "INTERPRETED", False)
-    assert triton_tf32x3.unavailable() == triton.unavailable()
+    assert tf32x3.unavailable() == triton.unavailable()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert triton_tf32x3.unsupported(spec, device, torch.float32) is None
-    assert "float32" in str(triton_tf32x3.unsupported(spec, device, torch.float64))
-    assert "multilayer perceptrons" in str(triton_tf32x3.unsupported(None, device, torch.float32))
-    for name in ("cuda", "triton"):
-        module = importlib.import_module(f"hvpfast.backends.{name}")
+    assert tf32x3.unsupported(spec, device, torch.float32) is None
+    assert "float32" in str(tf32x3.unsupported(spec, device, torch.float64))
+    assert "multilayer perceptrons" in str(tf32x3.unsupported(None, device, torch.float32))
+    for module in (cuda, triton):
         monkeypatch.setattr(module, "unavailable", lambda: "not here")
-    monkeypatch.setattr(triton_tf32x3, "unavailable", lambda: None)
+    monkeypatch.setattr(tf32x3, "unavailable", lambda: None)
     chosen = choose("auto", spec, device, torch.float32)
     assert chosen.module.NAME == "reference"
     assert "name it to mean it" in dict(chosen.passed_over)["triton_tf32x3"]
@@ -232,7 +233,7 @@ def test_tf32x3_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_activation_has_a_row() -> None:
     pytest.importorskip("triton")
-    from hvpfast.backends.triton_kernels.activations import JETS, PIECEWISE_LINEAR
+    from hvpfast.backends.triton.activations import JETS, PIECEWISE_LINEAR
 
     assert tuple(sorted(JETS)) == tuple(sorted(ACTIVATIONS))
     assert set(PIECEWISE_LINEAR) == {"identity", "relu"}

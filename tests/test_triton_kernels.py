@@ -11,9 +11,11 @@ from helpers import assert_within_reference_error, oracle
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import cpu, reference, triton
-from hvpfast.probes import ProbeSource, numpy_rows
-from hvpfast.spec import ACTIVATION_TABLE, ACTIVATIONS
+from hvpfast.backends.cpu import state as cpu
+from hvpfast.backends.probes.draw import ProbeSource, numpy_rows
+from hvpfast.backends.reference import state as reference
+from hvpfast.backends.triton import state as triton
+from hvpfast.mlp.spec import ACTIVATION_TABLE, ACTIVATIONS
 
 _reason = hf.available()["triton"]
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"triton: {_reason}")
@@ -53,7 +55,7 @@ def check(case: Case) -> None:
 @pytest.fixture
 def torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every product is left to torch."""
-    from hvpfast.backends.triton_kernels import gemm
+    from hvpfast.backends.triton import gemm
 
     asked = []
 
@@ -78,7 +80,7 @@ def test_products_left_to_torch(sizes: tuple[int, ...], activation: str, bias: b
 @pytest.mark.parametrize("bias", [True, False])
 def test_first_layer_by_samples(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """||u_1||^2 and u_1 [x; 1] from the samples' inner products, where u_1 is never formed."""
-    from hvpfast.backends.triton_kernels import penalty
+    from hvpfast.backends.triton import penalty
 
     monkeypatch.setattr(penalty, "LEAST_GRAM_WEIGHTS", 1)
     calls = []
@@ -115,7 +117,7 @@ def test_activations_far_out(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("seed", "first"), [(0xFEDCBA9876543210, 7), (1, 2**32 - 4), (16, 0)])
 def test_probes_are_bit_equal(distribution: str, dtype: torch.dtype, seed: int, first: int) -> None:
     """Of two models, also with a probe in common; numbered by the host or on the device."""
-    from hvpfast.backends.triton_kernels.probes import draw
+    from hvpfast.backends.probes.triton import draw
 
     counter = torch.tensor(first, device=DEVICE)
     for P, stride, start in ((1, None, first), (1037, None, counter), (300, 1, first)):
@@ -216,8 +218,8 @@ def test_labels_out_of_range_are_told_when_the_loss_is_read() -> None:
 
 
 def test_too_little_memory_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvpfast.backends.triton_kernels import memory
-    from hvpfast.backends.triton_kernels.linearization import Linearization
+    from hvpfast.backends.triton import memory
+    from hvpfast.backends.triton.linearization import Linearization
 
     def none_left(self: Linearization, *shape: int) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -98,7 +98,7 @@ def main(target: str, work: Path) -> int:
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
-    found = sorted(path.name for path in (ROOT / "hvpfast").glob(f"_{target}.*.so"))
+    found = sorted(path.name for path in (ROOT / "hvpfast" / "backends").glob(f"_{target}.*.so"))
     print("built", found, flush=True)
     return int(not found)
 

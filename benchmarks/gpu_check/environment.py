@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvpfast import info
 from hvpfast.bench import record
+from hvpfast.lab.environment import PACKAGES, version
 
 TOOLS = {
     "nvcc": ["nvcc", "--version"],
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     return {
         **record.environment(),
         "tools": {name: told(command) for name, command in TOOLS.items()},
-        "versions": {name: info.version(name) for name in (*info.PACKAGES, "pybind11", "pytest")},
+        "versions": {name: version(name) for name in (*PACKAGES, "pybind11", "pytest")},
     }
 
 

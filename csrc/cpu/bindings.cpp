@@ -1,5 +1,5 @@
 // The CPU engine's Python module: names to enumerations, addresses to pointers, GIL, errors.
-// Shapes, dtypes, devices and strides were checked by hvpfast/functional.py; addresses are those of
+// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; addresses are those of
 // live, contiguous arrays.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
 // The CUDA engine's Python module: addresses, devices and streams as integers, errors as Python's.
-// Shapes, dtypes, devices and strides were checked by hvpfast/functional.py; memory is the
+// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; memory is the
 // caller's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

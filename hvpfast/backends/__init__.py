@@ -20,11 +20,17 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from hvpfast.probes import ProbeSource
-from hvpfast.spec import MLPSpec, check_choice
+from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.mlp.spec import MLPSpec, check_choice
 
 # "auto" takes the first that can run and supports the case.
-BACKENDS = ("cpu", "cuda", "triton", "triton_tf32x3", "reference")
+BACKENDS = {  # in the order of "auto"; each name and its module below this package
+    "cpu": "cpu.state",
+    "cuda": "cuda.state",
+    "triton": "triton.state",
+    "triton_tf32x3": "triton.tf32x3",
+    "reference": "reference.state",
+}
 
 
 class PenaltyState(Protocol):
@@ -245,6 +251,6 @@ def resolve(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.
 def _load(name: str) -> Backend | str:
     """The backend's module, or the reason why it cannot be imported."""
     try:
-        return cast(Backend, importlib.import_module(f"hvpfast.backends.{name}"))
+        return cast(Backend, importlib.import_module(f"hvpfast.backends.{BACKENDS[name]}"))
     except ImportError as error:
         return f"its module cannot be imported ({error})"

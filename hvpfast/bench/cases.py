@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from hvpfast.probes import probes
+from hvpfast.backends.probes.draw import probes
 
 Array = NDArray[Any]
 

@@ -12,7 +12,7 @@ from hvpfast.bench.cases import CASES, DEVICES, DTYPES, KNOWN_CASES, OPERATIONS
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.bench.runner import run_bench
 from hvpfast.bench.settings import Settings
-from hvpfast.files import write_whole
+from hvpfast.utils.files import write_whole
 
 DESCRIPTION = "Time gradients, curvature products and penalties against other ways to compute them."
 BUDGET_HELP = "of timing per cell; rounds are cut to fit (default: %(default)s)"

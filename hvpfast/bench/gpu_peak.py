@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hvpfast.bench import timing
 from hvpfast.bench.record import gpu
+from hvpfast.lab.measure import timing
 
 COPY_BYTES = 2**31  # far beyond any L2
 PRODUCT_SIZE = 8192

@@ -23,7 +23,7 @@ def fma_gflops(threads: int, dtype: str, seconds: float = 0.2) -> tuple[float | 
         (GFLOP/s or None, source); None with the reason where the extension is missing.
     """
     try:
-        extension = importlib.import_module("hvpfast._cpu")
+        extension = importlib.import_module("hvpfast.backends._cpu")
     except ImportError as error:
         return None, f"unmeasured: the cpu extension cannot be imported ({error})"
     measure: Any = getattr(extension, "fma_peak", None)

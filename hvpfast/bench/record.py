@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import hvpfast
-from hvpfast.files import write_whole
-from hvpfast.info import source, usable_cores, version
+from hvpfast.lab.environment import source, usable_cores, version
+from hvpfast.utils.files import write_whole
 
 PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
 VARIABLES = (
@@ -119,7 +119,7 @@ def finite(value: float) -> float | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """``content`` as JSON by :func:`hvpfast.files.write_whole`; NaN and infinity are refused."""
+    """``content`` as JSON by :func:`write_whole`; NaN and infinity are refused."""
     write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from hvpfast.bench import gpu_peak, memory, peak, record, timing
+from hvpfast.bench import gpu_peak, memory, peak, record
 from hvpfast.bench.cases import Case, build
 from hvpfast.bench.counts import minimal, minimal_bytes
 from hvpfast.bench.gate import Gate
 from hvpfast.bench.marks import judge
 from hvpfast.bench.providers import PROVIDERS, Prepared, Provider
 from hvpfast.bench.settings import MIN_ROUNDS, Settings
+from hvpfast.lab.measure import timing
 
 SCREEN = 1.5  # a form slower than its provider's fastest by more is not timed further
 COMPILE_LEFT_OUT = "left out of the quick run, because compiling takes longer than the rest of it"

@@ -17,7 +17,7 @@ from hvpfast.bench.cases import (
     Case,
 )
 from hvpfast.bench.providers import PROVIDERS
-from hvpfast.info import usable_cores
+from hvpfast.lab.environment import usable_cores
 
 __all__ = ["MIN_ROUNDS", "Settings"]
 

@@ -3,7 +3,7 @@
 What differs: means over batches are weighted by the targets that count, not by batch sizes, so
 class weights and ``ignore_index`` are exact; probes come from ``seed=``, not from torch's global
 generator; Lanczos is orthogonalised in full. Estimators return tensors as there; the functions of
-:mod:`hvpfast.estimators` return standard errors and intervals as well.
+:mod:`hvpfast.analysis.estimators` return standard errors and intervals as well.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvpfast.operators import CurvatureOperator, GGNOperator, HessianOperator
-from hvpfast.products import Products
+from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
+from hvpfast.operators.matvecs import Products
 
 __all__ = [
     "GGNLinearOperator",
@@ -120,7 +120,7 @@ def xtrace(
 
 
 def _trace(A: Any, num_matvecs: int, method: str, distribution: str, seed: int | None) -> Tensor:
-    from hvpfast.estimators import trace
+    from hvpfast.analysis.estimators import trace
 
     options: dict[str, Any] = {"method": method, "distribution": distribution, "seed": seed}
     return _scalar(A, trace(A, num_matvecs, **options).estimate)
@@ -130,14 +130,14 @@ def hutchinson_diag(
     A: Any, num_matvecs: int, distribution: str = "rademacher", *, seed: int | None = None
 ) -> Tensor:
     """diag(A), (P,), by Hutchinson's estimator; see :func:`hvpfast.diagonal`."""
-    from hvpfast.estimators import diagonal
+    from hvpfast.analysis.estimators import diagonal
 
     return diagonal(A, num_matvecs, distribution=distribution, seed=seed).estimate
 
 
 def xdiag(A: Any, num_matvecs: int, *, seed: int | None = None) -> Tensor:
     """diag(A), (P,), by XDiag; see :func:`hvpfast.diagonal`."""
-    from hvpfast.estimators import diagonal
+    from hvpfast.analysis.estimators import diagonal
 
     return diagonal(A, num_matvecs, method="xdiag", seed=seed).estimate
 
@@ -146,7 +146,7 @@ def hutchinson_squared_fro(
     A: Any, num_matvecs: int, distribution: str = "rademacher", *, seed: int | None = None
 ) -> Tensor:
     """Tr(A'A), 0-dim, for a symmetric A; see :func:`hvpfast.frobenius_sq`."""
-    from hvpfast.estimators import frobenius_sq
+    from hvpfast.analysis.estimators import frobenius_sq
 
     result = frobenius_sq(A, num_matvecs, distribution=distribution, seed=seed)
     return _scalar(A, result.estimate)
@@ -235,7 +235,7 @@ def lanczos_approximate_log_spectrum(
 
 
 def _nodes(A: Any, ncv: int, num_repeats: int, seed: int | None) -> tuple[Tensor, Tensor]:
-    from hvpfast.density import spectral_density
+    from hvpfast.analysis.density.quadrature import spectral_density
 
     if ncv < 2:
         raise ValueError(f"ncv must be >= 2, as bumps are spread over ncv - 1 gaps; got {ncv}")
@@ -246,7 +246,7 @@ def _nodes(A: Any, ncv: int, num_repeats: int, seed: int | None) -> tuple[Tensor
 def _boundaries(
     A: Any, given: Boundaries | None, tol: float, seed: int | None
 ) -> tuple[float, float]:
-    from hvpfast.eigen import eigsh
+    from hvpfast.analysis.eigen import eigsh
 
     low, high = (None, None) if given is None else given
     if low is None or high is None:

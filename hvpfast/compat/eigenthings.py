@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvpfast import operators
-from hvpfast.estimators import Estimate
+from hvpfast.analysis.estimators import Estimate
+from hvpfast.operators import hessian
 
 __all__ = [
     "EigenResult",
@@ -87,7 +87,7 @@ class _Applied(nn.Module):
         return self.function(self.model, batch)
 
 
-class _Named(operators.CurvatureOperator):
+class _Named(hessian.CurvatureOperator):
     """``size`` and ``matvec`` as there."""
 
     @property
@@ -100,7 +100,7 @@ class _Named(operators.CurvatureOperator):
         return self @ v
 
 
-class HessianOperator(_Named, operators.HessianOperator):
+class HessianOperator(_Named, hessian.HessianOperator):
     """The Hessian of ``loss_fn(model, batch)`` over a data loader.
 
     Args:
@@ -137,7 +137,7 @@ class HessianOperator(_Named, operators.HessianOperator):
         super().__init__(_Applied(model, loss_fn), _first, params, pairs, **options)
 
 
-class GGNOperator(_Named, operators.GGNOperator):
+class GGNOperator(_Named, hessian.GGNOperator):
     """The Gauss-Newton matrix of ``loss_of_output_fn(forward_fn(model, batch), batch)``.
 
     Other arguments and errors are those of :class:`HessianOperator`. The pair
@@ -213,7 +213,7 @@ def lanczos(
         which: ``"LM"``, ``"LA"`` or ``"SA"``.
         seed: of the start vector.
     """
-    from hvpfast.eigen import eigsh
+    from hvpfast.analysis.eigen import eigsh
 
     result = eigsh(operator, k=k, which=which, tol=tol, max_matvecs=max_iter, seed=seed)
     vectors = result.eigenvectors.T.contiguous()
@@ -231,7 +231,7 @@ def trace(
     seed: int | None = None,
 ) -> Estimate[float]:
     """Tr(A) by :func:`hvpfast.trace`, with ``.estimate``, ``.stderr`` and ``.samples``."""
-    from hvpfast.estimators import trace as estimate
+    from hvpfast.analysis.estimators import trace as estimate
 
     return estimate(operator, num_matvecs, method=method, distribution=distribution, seed=seed)
 
@@ -271,7 +271,7 @@ def spectral_density(
         grid_padding: of the grid beyond the nodes, relative to their spread.
         seed: of the starting vectors; None takes fresh entropy.
     """
-    from hvpfast.density import spectral_density as quadrature
+    from hvpfast.analysis.density.quadrature import spectral_density as quadrature
 
     result = quadrature(operator, lanczos_steps, num_runs, seed=seed)
     nodes, weights = result.ritz_values, result.weights
@@ -323,6 +323,6 @@ def compute_hessian_eigenthings(
     Returns:
         NumPy arrays.
     """
-    H = operators.HessianOperator(model, loss, None, dataloader, **options)
+    H = hessian.HessianOperator(model, loss, None, dataloader, **options)
     result = lanczos(H, k=num_eigenthings, max_iter=max_matvecs, tol=tol, seed=seed)
     return result.eigenvalues.cpu().numpy(), result.eigenvectors.cpu().numpy()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvpfast.operators import CurvatureOperator, GGNOperator, HessianOperator
+from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
 
 try:
     from laplace.curvature import CurvatureInterface, GGNInterface
@@ -62,7 +62,7 @@ class _Backend:
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss, 0-dim, and the diagonal (P,), or (S,) for S subnetwork indices."""
-        from hvpfast.estimators import diagonal
+        from hvpfast.analysis.estimators import diagonal
 
         A = self._operator(x, y)
         exact: Tensor = diagonal(A, method="exact").estimate

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from hvpfast.checks import check_curvature
-from hvpfast.operators import GGNOperator, HessianOperator
+from hvpfast.mlp.checks import check_curvature
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
 __all__ = ["hessian_for"]
 
@@ -50,7 +50,7 @@ def hessian_for(
     Raises:
         ValueError: a parameter of the optimizer is not the model's.
     """
-    from hvpfast.estimators import diagonal
+    from hvpfast.analysis.estimators import diagonal
 
     kind = GGNOperator if check_curvature(curvature) else HessianOperator
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from hvpfast.backends.probes.draw import fresh_seed
 from hvpfast.optim import diagonals
-from hvpfast.probes import fresh_seed
 
 
 class AdaHessian(Optimizer):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.estimators import diagonal
-from hvpfast.functional import hvp
-from hvpfast.linearization import Linearization
-from hvpfast.operators import GGNOperator, HessianOperator
-from hvpfast.probes import probes
+from hvpfast.analysis.estimators import diagonal
+from hvpfast.backends.probes.draw import probes
+from hvpfast.functional.linearization import Linearization
+from hvpfast.functional.linearize import hvp
+from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
 
 def check_operator(operator: Any, params: Sequence[Tensor], caller: str) -> None:

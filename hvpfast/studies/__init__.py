@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from hvpfast.studies.run import Study
+from hvpfast.lab.runs.run import Study
 
 
 def studies() -> dict[str, Study[Any, Any]]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast import capture
 from hvpfast.backends import choose
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, PROBE_SEED, Array, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared
 from hvpfast.bench.providers.torch_eager import step_outputs
 from hvpfast.bench.providers.torch_plain import flat_model, sequential_model
+from hvpfast.utils import cuda_graph
 
 RECORDED = ("cuda", "triton", "triton_tf32x3")  # backends whose work is timed as a CUDA graph too
 
@@ -173,7 +173,7 @@ class Functional:
             )  # fmt: skip
 
             for _ in range(
-                capture.WARMUPS + 1
+                cuda_graph.WARMUPS + 1
             ):  # the first are ordinary steps; then it is recorded
                 recorded()
             restore()

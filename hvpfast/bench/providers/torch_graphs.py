@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from hvpfast import capture
 from hvpfast.bench.cases import Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.torch_compile import TorchCompile
 from hvpfast.bench.providers.torch_eager import TorchEager
 from hvpfast.bench.providers.torch_func import TorchFunc
+from hvpfast.utils import cuda_graph
 
 # By the first word of a form.
 _RECORDED: dict[str, Provider] = {
@@ -46,10 +46,10 @@ class TorchGraphs:
         name, _, inner = form.partition(": ")
         prepared = _RECORDED[name].prepare(inner, operation, problem)
         device = torch.device(problem.device)
-        with capture.side_stream(device):
-            for _ in range(capture.WARMUPS):
+        with cuda_graph.side_stream(device):
+            for _ in range(cuda_graph.WARMUPS):
                 prepared.call()
-        recorded: capture.Recording[Any] = capture.Recording(device, form, prepared.call)
+        recorded: cuda_graph.Recording[Any] = cuda_graph.Recording(device, form, prepared.call)
         if prepared.restore is not None:
             prepared.restore()  # the calls ahead of the recording were training steps
         return Prepared(recorded.replay, prepared.outputs, restore=prepared.restore)

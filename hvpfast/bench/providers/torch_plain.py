@@ -13,7 +13,7 @@ from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared
 from hvpfast.bench.providers.torch_compile import own_code
 from hvpfast.bench.providers.torch_eager import step_outputs
-from hvpfast.mlp import MLP
+from hvpfast.mlp.module import MLP
 
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "foreach": {"foreach": True},

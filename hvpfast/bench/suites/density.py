@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast import figures
+from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density, wasserstein
+from hvpfast.backends.probes.draw import probes
 from hvpfast.bench import record, report
-from hvpfast.density import SpectralDensity, spectral_density, wasserstein
-from hvpfast.probes import probes
+from hvpfast.utils import plotting
 
 DESCRIPTION = "Distance of the spectral density to the exact spectrum, by steps and probes."
 SIZES = (40, 32, 32, 10)
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def trained(epochs: int, samples: int) -> tuple[hf.MLP, tuple[Tensor, Tensor]]:
     """The net after training by Adam, and its train data, in float32."""
-    from hvpfast.studies.data import generator, mnist1d
+    from hvpfast.lab.data.splits import generator, mnist1d
 
     split = mnist1d(samples, 0.2, 0, torch.float32).train
     model = hf.MLP(SIZES, "relu", generator=generator(0, "density", "init"))
@@ -196,12 +196,12 @@ def render(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], shown: SpectralDensity, exact: Tensor, path: Path) -> None:
     """The figure: distances by steps, and one density beside the exact spectrum."""
-    figure = figures.new_figure(11.0, 4.4)
+    figure = plotting.new_figure(11.0, 4.4)
     left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    figures.frame(left)
+    plotting.frame(left)
     rows = result["rows"]
     for count, color in zip(
-        sorted({row["num_probes"] for row in rows}), figures.COLORS, strict=False
+        sorted({row["num_probes"] for row in rows}), plotting.COLORS, strict=False
     ):
         own = [row for row in rows if row["num_probes"] == count]
         x = [row["num_steps"] for row in own]
@@ -215,13 +215,13 @@ def draw(result: dict[str, Any], shown: SpectralDensity, exact: Tensor, path: Pa
     every = sorted({row["num_steps"] for row in rows})
     left.set_xticks(every, [str(step) for step in every])
     left.set_xticks([], minor=True)
-    figures.label(
+    plotting.label(
         left,
         "Distance to the exact spectrum (dashed: after all steps)",
         "Lanczos steps",
         "Wasserstein-1 / largest |eigenvalue|",
     )
-    left.legend(frameon=False, fontsize=9, labelcolor=figures.INK)
+    left.legend(frameon=False, fontsize=9, labelcolor=plotting.INK)
     shown.plot(ax=right, exact=exact, title=f"Hessian of {result['net']} on MNIST-1D")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

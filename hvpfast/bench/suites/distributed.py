@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 from hvpfast.bench import record
-from hvpfast.bench.timing import Disturbance
-from hvpfast.distributed import shard
-from hvpfast.info import usable_cores
+from hvpfast.lab.environment import checkout, usable_cores
+from hvpfast.lab.measure.timing import Disturbance
+from hvpfast.operators.distributed import shard
 
 DESCRIPTION = "Products over processes, each with a shard of the data, against one process."
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _environment() -> dict[str, str]:
     """The environment of the ranks, with this package on the path."""
-    package = str(Path(hf.__file__).resolve().parents[1])
+    package = str(checkout())
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": path}
 

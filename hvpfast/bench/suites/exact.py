@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.bench import record, timing
+from hvpfast.bench import record
 from hvpfast.bench.cases import CASES, PENALTY_WEIGHTS, QUICK_CASES, Case, Problem, build
 from hvpfast.bench.providers import PROVIDERS, transforms
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.jax_jit import mlp_loss
-from hvpfast.info import usable_cores
+from hvpfast.lab.environment import usable_cores
+from hvpfast.lab.measure import timing
 
 DESCRIPTION = "Exact tr H^2 and its gradient against K probes and dense Hessians."
 CASE_NAMES = ("40-32-10", "784-128-128-10-n512", "3072-256-100")

@@ -1,0 +1,1 @@
+"""What one asks of an operator: estimates, eigenpairs, densities, landscapes, logs."""

@@ -1,0 +1,1 @@
+"""Spectral densities by stochastic Lanczos quadrature."""

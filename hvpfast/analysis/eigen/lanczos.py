@@ -1,0 +1,169 @@
+"""Block Lanczos with full orthogonalisation and thick restart.
+
+    A Q' = Q' H + N' B          Q (m, P) the basis, N (r, P) the next block, both orthonormal rows
+
+H = Q A Q' (m, m) is computed in full, not assumed tridiagonal: where A is symmetric the rest is
+rounding, and where it is not, H tells. Ritz pairs H s = theta s give y = Q' s with the residual
+A y - theta y = N' B s, whose norm is that of B s.
+
+Thick restart keeps the leading Ritz vectors S (m, p): Q <- S' Q, H <- diag(theta), B <- B S.
+
+References:
+    Golub, Underwood (1977), doi:10.1016/B978-0-12-587260-7.50018-2;
+    Wu, Simon (2000), doi:10.1137/S0895479898334605.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvpfast.analysis.eigen.basis import Basis
+from hvpfast.analysis.eigen.ritz import eigh, order_of
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.operators.matvecs import Products
+
+__all__ = ["Lanczos"]
+
+Array = NDArray[np.float64]
+
+NEGLIGIBLE = 4.0  # times eps ||A||: what is left of a product that short is rounding
+
+
+class Lanczos:
+    """The state of one run: basis, projected matrix, next block.
+
+    Args:
+        products: with A.
+        start: the first block (b, P), any rows that are not all zero; overwritten.
+        seed: of the random rows that replace a start block without rank, and continue where an
+            invariant subspace is complete.
+        capacity: rows of the basis to make room for at first.
+        limit: rows of the basis at most.
+
+    Attributes:
+        basis: Q.
+        eps: rounding unit of the products.
+        scale: largest norm of a product so far, at most ||A||.
+        num_restarts: thick restarts so far.
+    """
+
+    def __init__(
+        self, products: Products, start: Tensor, seed: int, capacity: int, limit: int
+    ) -> None:
+        self._products, self._seed, self._drawn = products, seed, 0
+        dtype = torch.promote_types(products.dtype, torch.float32)
+        self.eps = torch.finfo(products.dtype).eps
+        self.block_size, self._limit = start.shape[0], min(limit, products.size)
+        self.basis = Basis(products.size, dtype, products.device, capacity, self._limit)
+        self._room = np.zeros((2 * capacity, 2 * capacity))
+        self.scale, self.num_restarts = 0.0, 0
+        self._near = 0  # first row of the newest block but one; all rows after a restart
+        lengths = torch.linalg.vector_norm(start, dim=1, keepdim=True)
+        tiny = torch.finfo(dtype).tiny
+        _, _, self._next = self.basis.orthonormalize(start / lengths.clamp(min=tiny), 1e-3)
+        self._B = np.zeros((self._next.shape[0], 0))
+        self._fill()
+
+    @property
+    def floor(self) -> float:
+        """eps ||A||: residuals below are rounding."""
+        return self.eps * self.scale
+
+    @property
+    def complete(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.basis.count == self._products.size
+
+    @property
+    def next_size(self) -> int:
+        """Products that the next step makes."""
+        return self._next.shape[0]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next block does not fit into the basis."""
+        return self.basis.count + self.next_size > self._limit
+
+    @property
+    def _H(self) -> Array:
+        count = self.basis.count
+        return self._room[:count, :count]
+
+    def _fill(self) -> None:
+        """Random directions for a next block that is empty, where the space has more of them."""
+        while self._next.shape[0] == 0 and not self.complete:
+            count = min(self.block_size, self._products.size - self.basis.count)
+            source = ProbeSource(count, "normal", self._seed, 2**31 + self._drawn)
+            self._drawn += count
+            like = self.basis.rows
+            rows = probe_rows(source, self._products.size, like.dtype, like.device)
+            rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            _, _, self._next = self.basis.orthonormalize(rows, 1e-3)
+            self._B = np.zeros((self._next.shape[0], self.basis.count))
+
+    def step(self) -> None:
+        """Multiply the next block and take it into the basis.
+
+        Raises:
+            ValueError: the operator is not symmetric.
+        """
+        old, r = self.basis.count, self._next.shape[0]
+        self.basis.append(self._next)
+        block = self.basis.rows[old:]
+        W = self._products.rows(block).to(block.dtype).contiguous()
+        if W.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
+            W = W.clone()  # an operator that returns what it was given
+        self.scale = max(self.scale, float(torch.linalg.vector_norm(W, dim=1).max()))
+        C, R, self._next = self.basis.orthonormalize(W, NEGLIGIBLE * self.floor, self._near)
+        self._near = old
+        if old + r > len(self._room):
+            larger = np.zeros((2 * (old + r), 2 * (old + r)))
+            larger[:old, :old] = self._room[:old, :old]
+            self._room = larger
+        H = self._room[: old + r, : old + r]
+        H[:, old:] = C.T
+        H[old:, :old] = self._B
+        self._check_symmetric(H, old)
+        self._B = np.zeros((R.shape[1], old + r))
+        self._B[:, old:] = R.T
+        self._fill()
+
+    def _check_symmetric(self, H: Array, old: int) -> None:
+        new = H[:, old:]
+        asymmetry = float(np.abs(new - H[old:].T).max())
+        bound = self.eps ** (1 / 3) * self.scale  # products of reduced precision pass
+        if asymmetry > bound:
+            raise ValueError(
+                f"the operator is not symmetric: u'(A v) and v'(A u) differ by {asymmetry:.3g} for "
+                f"two orthonormal vectors of the basis, and rounding explains {bound:.1g}. Use "
+                "(A + A.T) / 2, or an operator that is symmetric"
+            )
+
+    def ritz(self) -> tuple[Array, Array, Array]:
+        """theta (m,) increasing, S (m, m) with columns s, and the residual norms ||B s|| (m,)."""
+        H, B = self._H, self._B
+        if self.block_size == 1 and self.num_restarts == 0:  # tridiagonal but for rounding
+            beside = (H.diagonal(1) + H.diagonal(-1)) / 2
+            theta, S = scipy.linalg.eigh_tridiagonal(H.diagonal(), beside)
+            return theta, S, np.abs(B[:, -1:]).sum() * np.abs(S[-1])
+        theta, S = eigh((H + H.T) / 2)
+        beyond = torch.from_numpy(B) @ torch.from_numpy(S)
+        return theta, S, torch.linalg.vector_norm(beyond, dim=0).numpy()
+
+    def residual_rows(self, S: Array) -> Tensor:
+        """Rows (B S)' N: residuals of the Ritz vectors S (m, j), as (j, P)."""
+        factor = torch.from_numpy(np.ascontiguousarray((self._B @ S).T)).to(self._next)
+        return factor @ self._next
+
+    def restart(self, theta: Array, S: Array, k: int, which: str) -> None:
+        """Cut the basis back to k wanted Ritz vectors, and others next to them."""
+        kept = min(k + (self._limit - k) // 2, self._limit - 2 * self.block_size)
+        chosen = order_of(theta, which)[:kept]
+        self.basis.rotate(S[:, chosen].T)
+        self._room[:kept, :kept] = np.diag(theta[chosen])
+        self._B = self._B @ S[:, chosen]
+        self.num_restarts, self._near = self.num_restarts + 1, 0

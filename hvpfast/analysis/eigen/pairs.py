@@ -1,0 +1,143 @@
+"""Wanted eigenpairs by Lanczos: when to look, when to stop, and what the residuals really are.
+
+The recurrence gives the residual norm ||B s_i|| of every Ritz pair for the products as they were
+computed. What their rounding adds is measured at the end, with one more product:
+
+    x = sum_i g_i y_i,  g_i = +-1 / |theta_i|        e = A x - sum_i g_i (theta_i y_i + N' B s_i)
+    noise_i^2 = ||e||^2 / ||g||^2 + (16 eps theta_i)^2   residual_i^2 = ||B s_i||^2 + noise_i^2
+
+which weighs all pairs alike relative to their eigenvalues, and also finds an operator that does not
+repeat its products; the second term stands for what the small g_i hide. With k more products
+instead, residuals are computed pair by pair.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvpfast.analysis.eigen.lanczos import Lanczos
+from hvpfast.analysis.eigen.ritz import wanted
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.operators.matvecs import Products
+
+__all__ = ["Pairs", "find_pairs"]
+
+Array = NDArray[np.float64]
+
+RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """theta (j,), rows y (j, P), and per pair: residual norm, what of it is rounding, converged."""
+
+    theta: Array
+    rows: Tensor
+    residuals: Array
+    noise: Array
+    converged: NDArray[np.bool_]
+    stop_reason: str
+
+
+def find_pairs(
+    products: Products,
+    lanczos: Lanczos,
+    k: int,
+    which: str,
+    tol: float,
+    max_matvecs: int,
+    by_pair: bool,
+    seed: int,
+) -> Pairs:
+    """Run Lanczos until the k wanted pairs converge or the budget of products ends.
+
+    ``by_pair``: compute residuals with k products rather than measure rounding with one.
+    """
+    budget = max_matvecs - (k if by_pair else 1)
+    schedule, share = _Schedule(k), 0.95
+    while True:
+        ended = lanczos.complete or products.num_matvecs + lanczos.next_size > budget
+        if products.num_matvecs >= schedule.next or ended or lanczos.full:
+            theta, S, estimates = lanczos.ritz()
+            chosen = wanted(theta, k, which)
+            targets = np.maximum(share * tol * np.abs(theta[chosen]), lanczos.floor)
+            ratio = float(np.max(estimates[chosen] / np.maximum(targets, 1e-300)))
+            if ended or (len(chosen) == k and ratio <= 1.0):
+                found = theta[chosen], S[:, chosen], estimates[chosen]
+                pairs = _measured(products, lanczos, *found, tol, by_pair, seed)
+                share /= 2  # met by the estimates, but maybe not with what rounding adds to them
+                if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
+                    return pairs
+            elif lanczos.full:
+                lanczos.restart(theta, S, k, which)
+            schedule.look_again(products.num_matvecs, ratio)
+        lanczos.step()
+
+
+class _Schedule:
+    """When to solve the small problem again: residuals fall geometrically, so that tells."""
+
+    def __init__(self, first: int) -> None:
+        self.next = first
+        self._last: tuple[int, float] | None = None
+
+    def look_again(self, done: int, ratio: float) -> None:
+        """After ``done`` products the worst residual is ``ratio`` times its target."""
+        wait, now = done / 32, math.log(max(ratio, 1e-300))
+        if self._last is not None and now < self._last[1]:
+            rate = (self._last[1] - now) / max(1, done - self._last[0])
+            wait = min(done / 16, 0.5 * max(0.0, now) / rate)
+        self._last = done, now
+        self.next = done + max(1, int(wait))
+
+
+def _measured(
+    products: Products,
+    lanczos: Lanczos,
+    theta: Array,
+    S: Array,
+    estimates: Array,
+    tol: float,
+    by_pair: bool,
+    seed: int,
+) -> Pairs:
+    """The Ritz pairs with their residuals and whether these are within the tolerance."""
+    floor, size = lanczos.floor, np.abs(theta)
+    rows = lanczos.basis.combine(S.T)
+    if by_pair:
+        difference = products.rows(rows).to(rows.dtype)
+        difference -= torch.from_numpy(theta).to(rows)[:, None] * rows
+        residuals = _norms(difference)
+        difference -= lanczos.residual_rows(S)
+        noise = np.maximum(_norms(difference), floor)
+    else:
+        signs = probe_rows(ProbeSource(1, "rademacher", seed, 2**30), len(theta), torch.float64)
+        g = signs[0].numpy() / np.maximum(size, floor or 1.0)
+        g /= np.linalg.norm(g)
+        basis = lanczos.basis
+        difference = products.rows(basis.combine((S @ g)[None])).to(rows.dtype)
+        difference -= basis.combine((S @ (g * theta))[None])
+        difference -= lanczos.residual_rows((S @ g)[:, None])
+        noise = np.hypot(_norms(difference)[0], RELATIVE_NOISE * lanczos.eps * size)
+        residuals = np.hypot(estimates, noise)
+    # a zero eigenvalue has no relative residual: both are as small as rounding leaves them
+    zero = (size <= RELATIVE_NOISE * floor) & (residuals <= 4 * RELATIVE_NOISE * floor)
+    converged = (residuals <= tol * size) | zero
+    if converged.all():
+        reason = "converged"
+    else:
+        hopeless = np.maximum(noise, floor) > 0.7 * tol * size
+        rounding = lanczos.complete or hopeless[~converged].all()
+        reason = "precision" if rounding else "max_matvecs"
+    return Pairs(theta, rows, residuals, noise, converged, reason)
+
+
+def _norms(rows: Tensor) -> Array:
+    norms: Array = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+    return norms

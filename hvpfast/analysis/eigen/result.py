@@ -1,0 +1,52 @@
+"""What :func:`hvpfast.analysis.eigen.eigsh` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["EigenResult"]
+
+
+@dataclass(frozen=True, eq=False)
+class EigenResult:
+    """Eigenpairs ``A y_i = theta_i y_i`` of a symmetric operator, the most wanted first.
+
+    j <= k pairs are held: fewer than k only where the budget of products ended before the subspace
+    had k dimensions. Residuals are those of the vectors given here, with everything that rounding
+    does to the products: see :func:`hvpfast.analysis.eigen.eigsh`.
+
+    Attributes:
+        eigenvalues: theta (j,) float64 on the CPU. "LM": by decreasing magnitude; "LA" and "BE":
+            decreasing; "SA": increasing.
+        eigenvectors: y_i as columns (P, j), orthonormal, in the dtype and on the device of A.
+        residual_norms: ``||A y_i - theta_i y_i||`` (j,) float64 on the CPU. An eigenvalue of A is
+            within this distance of theta_i.
+        converged: whether residual_norms <= tol * |theta|, (j,) bool; an eigenvalue that is zero to
+            rounding counts as converged when its residual is.
+        residual_floor: the residual norm that rounding of products leaves, as measured; the least
+            that any pair can reach in this dtype.
+        num_matvecs: products with one vector that were made.
+        stop_reason: "converged"; "max_matvecs", the budget ended; "precision", what is not
+            converged cannot be in this dtype.
+        message: the same for people, with numbers.
+        which, tol, seed, block_size: what ran.
+        num_restarts: times the basis was cut back to fit into memory.
+        compressed: None, or the sentence that says how the operator was made smaller.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    residual_norms: Tensor
+    converged: Tensor
+    residual_floor: float
+    num_matvecs: int
+    stop_reason: str
+    message: str
+    which: str
+    tol: float
+    seed: int
+    block_size: int
+    num_restarts: int
+    compressed: str | None

@@ -1,0 +1,110 @@
+"""Plain Monte Carlo over isotropic probes, E vv' = I.
+
+    tr A        = E v'Av            ||A||_F^2  = E ||Av||^2
+    diag A      = E v * Av          ||A_i||^2  = E (Av)_i^2        for every row i
+
+References: Girard (1989), doi:10.1007/BF01395775; Hutchinson (1990), doi:10.1080/03610919008812866;
+Bekas, Kokiopoulou, Saad (2007), doi:10.1016/j.apnum.2007.01.003.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvpfast.analysis.estimators.result import Estimate, skewness_coefficients
+from hvpfast.analysis.estimators.sampling import (
+    EntryTally,
+    ProbeStream,
+    ScalarTally,
+    Settings,
+    sample,
+)
+from hvpfast.operators.matvecs import Products
+
+__all__ = ["estimate", "scalar_estimate"]
+
+POSITIVE = ("frobenius_sq", "row_norms_sq")
+SCALARS = ("trace", "frobenius_sq")
+_BLOCK = 2**14  # entries whose squares are summed in the dtype of a row
+
+
+def estimate(
+    products: Products, settings: Settings, wanted: Sequence[str]
+) -> dict[str, Estimate[Any]]:
+    """Return estimates of the wanted quantities by name, from the same products.
+
+    The trace alone takes quadratic forms, which cost half a product where the operator has them.
+    """
+    stream = ProbeStream(products, settings)
+    scalars = {name: ScalarTally(name in POSITIVE) for name in wanted if name in SCALARS}
+    entries = {
+        name: EntryTally(products.size, products.device) for name in wanted if name not in SCALARS
+    }
+
+    def visit(rows: Tensor) -> None:
+        if list(wanted) == ["trace"]:
+            scalars["trace"].add(products.quadratic(rows))
+            return
+        out = products.rows(rows).to(stream.dtype)
+        if "trace" in scalars:
+            scalars["trace"].add(torch.linalg.vecdot(rows, out))
+        if "frobenius_sq" in scalars:
+            scalars["frobenius_sq"].add(norms_sq(out))
+        if "diagonal" in entries:
+            entries["diagonal"].add(lambda part: rows[:, part] * out[:, part], len(rows))
+        if "row_norms_sq" in entries:
+            entries["row_norms_sq"].add(lambda part: out[:, part].square(), len(rows))
+
+    reason = sample(stream, settings, 0, visit, [*scalars.values(), *entries.values()])
+    results: dict[str, Estimate[Any]] = {
+        name: scalar_estimate(tally, products, settings, reason, "hutchinson")
+        for name, tally in scalars.items()
+    }
+    for name, tally in entries.items():
+        mean, stderr = (t.to(products.dtype) for t in tally.moments())
+        results[name] = Estimate(
+            mean,
+            stderr,
+            None,
+            products.num_matvecs,
+            reason,
+            settings.seed,
+            "hutchinson",
+            tally.count - 1,
+            name in POSITIVE,
+        )
+    return results
+
+
+def scalar_estimate(
+    tally: ScalarTally, products: Products, settings: Settings, reason: str, method: str
+) -> Estimate[float]:
+    """Return the mean of independent samples as an estimate."""
+    mean, stderr = tally.moments()
+    samples = tally.samples()
+    return Estimate(
+        mean,
+        stderr,
+        samples,
+        products.num_matvecs,
+        reason,
+        settings.seed,
+        method,
+        tally.count - 1,
+        tally.positive,
+        skewness_coefficients(samples, tally.positive),
+    )
+
+
+def norms_sq(rows: Tensor) -> Tensor:
+    """Squared lengths (K,) of rows (K, P): sums of blocks in their dtype, of all in float64."""
+    whole = rows.shape[1] // _BLOCK * _BLOCK
+    total: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
+    if whole:
+        blocks = rows[:, :whole].reshape(len(rows), -1, _BLOCK)
+        total += torch.linalg.vector_norm(blocks, dim=2).double().square().sum(1)
+    return total

@@ -1,0 +1,144 @@
+"""Directions of a landscape: random or given, normalised, orthogonal.
+
+    filter   every filter of a weight (row of a matrix, output channel of a convolution) of the
+             direction gets the norm of that filter of the parameters
+    layer    every tensor of the direction gets the norm of that tensor of the parameters
+    None     the direction as a whole: length 1 if random, as it is if given
+
+Within each such group the second direction is made orthogonal to the first before it gets its norm,
+so both hold exactly: the norms, and the right angle. A group of one entry has no right angle to
+offer; one-dimensional tensors are one group, and so are the filters of one entry of a tensor.
+
+Reference: Li, Xu, Taylor, Studer, Goldstein (2018), arXiv:1712.09913.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.mlp.spec import check_choice
+from hvpfast.operators.parameters import Entry
+
+__all__ = ["ignored_names", "ignored_words", "normalised", "orthogonal", "random_rows", "unit_text"]
+
+NORMALIZE = ("filter", "layer", None)
+_IGNORED = ("bias", "norm")
+_NORMS = tuple(
+    kind
+    for kind in (_NormBase, nn.LayerNorm, nn.GroupNorm, getattr(nn, "RMSNorm", None))
+    if kind is not None
+)
+_PARALLEL = 1e-6  # sine of the angle below which two directions span no plane
+
+
+def ignored_words(ignore: str | None) -> tuple[str, ...]:
+    """The words of ``ignore``, such as "bias,norm"."""
+    words = tuple(word.strip() for word in (ignore or "").split(",") if word.strip())
+    for word in words:
+        check_choice("each word of ignore", word, _IGNORED)
+    return words
+
+
+def ignored_names(
+    model: nn.Module, entries: Sequence[Entry], words: Sequence[str]
+) -> tuple[str, ...]:
+    """Names of the entries that do not move."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
+
+    def stays(name: str) -> bool:
+        owner, _, last = name.rpartition(".")
+        return ("bias" in words and last.endswith("bias")) or ("norm" in words and owner in norms)
+
+    return tuple(entry.name for entry in entries if stays(entry.name))
+
+
+def random_rows(count: int, size: int, seed: int, still: Sequence[slice]) -> Tensor:
+    """Standard normal directions (D, P) in float64, zero in the slices that do not move."""
+    rows = probe_rows(ProbeSource(count, "normal", seed), size, torch.float64)
+    for part in still:
+        rows[:, part] = 0
+    return rows
+
+
+def slices_of(entries: Sequence[Entry]) -> Iterator[tuple[Entry, slice]]:
+    """The entries with their parts of the flat vector."""
+    start = 0
+    for entry in entries:
+        stop = start + prod(entry.shape)
+        yield entry, slice(start, stop)
+        start = stop
+
+
+def normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize: str) -> Tensor:
+    """Directions (D, P) with the norms of the parameters (P,) and right angles, by groups.
+
+    Args:
+        rows: float64 directions.
+        center: float64 parameters.
+        entries: of the flat vector.
+        normalize: ``"filter"`` or ``"layer"``.
+    """
+    out = torch.empty_like(rows)
+    for entry, part in slices_of(entries):
+        filters = entry.shape[0] if normalize == "filter" and len(entry.shape) > 1 else 1
+        filters = 1 if filters == prod(entry.shape) else filters
+        shape = (filters, prod(entry.shape) // filters)
+        wanted = torch.linalg.vector_norm(center[part].view(shape), dim=1, keepdim=True)
+        done: list[Tensor] = []
+        for row in rows:
+            group = row[part].reshape(shape)
+            own = torch.linalg.vector_norm(group, dim=1, keepdim=True)
+            for _ in range(2):
+                for other in done:
+                    group = group - (group * other).sum(1, keepdim=True) * other
+            length = torch.linalg.vector_norm(group, dim=1, keepdim=True)
+            lives = length > _PARALLEL * own
+            done.append(torch.where(lives, group / torch.where(lives, length, 1.0), 0.0))
+        for row, unit in zip(out, done, strict=True):
+            row[part] = (unit * wanted).reshape(-1)
+    return out
+
+
+def orthogonal(rows: Tensor) -> Tensor:
+    """Directions (D, P) of the same lengths and span, each orthogonal to those before it.
+
+    Raises:
+        ValueError: a direction is zero, or in the span of those before it.
+    """
+    done: list[Tensor] = []
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if float(length) == 0 or not bool(torch.isfinite(length)):
+            raise ValueError(
+                f"direction {index} must have a positive, finite length; got {float(length)}"
+            )
+        rest = row / length
+        for _ in range(2):
+            for other in done:
+                rest = rest - (rest @ other) * other
+        norm = torch.linalg.vector_norm(rest)
+        if float(norm) < _PARALLEL:
+            raise ValueError("the two directions are parallel and span no plane; give others")
+        done.append(rest / norm)
+    out: Tensor = torch.stack(done) * lengths[:, None]
+    return out
+
+
+def unit_text(
+    normalize: str | None, given: bool, lengths: Sequence[float], still: Sequence[str]
+) -> str:
+    """What a step of 1 along a direction means."""
+    shown = " and ".join(f"{length:.4g}" for length in lengths)
+    what = {
+        "filter": "a step of the norm of each filter, in every filter at once",
+        "layer": "a step of the norm of each tensor, in every tensor at once",
+        None: "one given direction" if given else "a step of length 1",
+    }[normalize]
+    text = f"distance 1 is {what} (length {shown} in parameter space)"
+    return text + (f"; {', '.join(still)} stay" if still else "")

@@ -1,0 +1,325 @@
+"""Evaluating a plane or a line, and going on with one that was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast.analysis.landscape.directions import (
+    NORMALIZE,
+    ignored_names,
+    ignored_words,
+    normalised,
+    orthogonal,
+    random_rows,
+    slices_of,
+    unit_text,
+)
+from hvpfast.analysis.landscape.losses import Losses
+from hvpfast.analysis.landscape.surface import Surface, load
+from hvpfast.backends.probes.draw import fresh_seed
+from hvpfast.mlp.module import MLP
+from hvpfast.operators.parameters import Entry, layers_of, select
+
+__all__ = ["line", "plane"]
+
+Span = float | tuple[float, float]
+
+
+def plane(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    directions: Tensor | Sequence[Tensor] | None = None,
+    normalize: str | None = "auto",
+    ignore: str | None = "bias,norm",
+    span: Span | tuple[Span, Span] = 1.0,
+    num_points: int | tuple[int, int] = 41,
+    seed: int | None = None,
+    reduction: str | None = None,
+    dtype: torch.dtype | None = None,
+    points_at_once: int | str = "auto",
+    path: str | os.PathLike[str] | None = None,
+    save_every: float = 10.0,
+    progressbar: bool = False,
+) -> Surface:
+    """Losses L(p + x d_1 + y d_2) over a data set, on a grid around the model's parameters p.
+
+    The model is not touched. With ``path`` the surface is written while it grows, whole files
+    only, and a call with the same arguments goes on with an interrupted one (or returns a complete
+    one): the file ends up the same byte by byte on the same machine and number of threads.
+
+    Args:
+        model: as for :class:`hvpfast.HessianOperator`.
+        loss_fn: the same.
+        params: those that move, as for the operators.
+        data: as for the operators; means are exact for batches of any sizes.
+        directions: columns (P, 2), such as two eigenvectors, or two vectors (P,), in the flat
+            order of ``params``; None for random normal ones. The second is made orthogonal to the
+            first.
+        normalize: ``"filter"``, ``"layer"`` or None, see ``directions.py``;
+            ``"auto"`` is ``"filter"`` for random directions and None for given ones. The result's
+            ``unit`` says what a distance of 1 is.
+        ignore: what does not move under random or normalised directions: ``"bias"``, ``"norm"``
+            (parameters of normalisation layers), both with a comma, or None.
+        span: coordinates from -span to span, or from the first to the second of a pair; a pair of
+            such pairs for x and y.
+        num_points: points along each axis, or a pair for x and y; an odd number holds the center.
+        seed: of random directions, in [0, 2**64); None takes fresh entropy, or that of the file
+            it goes on with.
+        reduction: as for the operators.
+        dtype: floating-point type of the computation; None takes that of the parameters.
+        points_at_once: points that are evaluated together; ``"auto"`` by the sizes.
+        path: of an .npz file.
+        save_every: seconds between writes.
+        progressbar: show one over the points.
+
+    Returns:
+        A :class:`Surface`.
+
+    Raises:
+        ValueError: an argument is not as described; BatchNorm or Dropout in train mode; the file
+            is of other settings, parameters or data (the message says which).
+    """
+    axes = [_axis("span", pair, count) for pair, count in _two_axes(span, num_points)]
+    rest = (normalize, ignore, seed, reduction, dtype, points_at_once, path, save_every)
+    return _sweep(axes, model, loss_fn, params, data, directions, *rest, progressbar)
+
+
+def line(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    *,
+    direction: Tensor | None = None,
+    normalize: str | None = "auto",
+    ignore: str | None = "bias,norm",
+    span: Span = 1.0,
+    num_points: int = 101,
+    seed: int | None = None,
+    reduction: str | None = None,
+    dtype: torch.dtype | None = None,
+    points_at_once: int | str = "auto",
+    path: str | os.PathLike[str] | None = None,
+    save_every: float = 10.0,
+    progressbar: bool = False,
+) -> Surface:
+    """Losses L(p + x d) along one direction; arguments, result and errors as for :func:`plane`.
+
+    ``direction`` is a vector (P,). The straight line to other parameters q is ``direction=q - p``
+    with ``span=(0, 1)``.
+    """
+    given = None if direction is None else [direction]
+    rest = (normalize, ignore, seed, reduction, dtype, points_at_once, path, save_every)
+    axes = [_axis("span", span, num_points)]
+    return _sweep(axes, model, loss_fn, params, data, given, *rest, progressbar)
+
+
+def _sweep(
+    axes: list[Tensor],
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    params: Any,
+    data: Any,
+    given: Tensor | Sequence[Tensor] | None,
+    normalize: str | None,
+    ignore: str | None,
+    seed: int | None,
+    reduction: str | None,
+    dtype: torch.dtype | None,
+    points_at_once: int | str,
+    path: str | os.PathLike[str] | None,
+    save_every: float,
+    progressbar: bool,
+) -> Surface:
+    if normalize == "auto":
+        normalize = "filter" if given is None else None
+    if normalize not in NORMALIZE:
+        raise ValueError(f'normalize must be "filter", "layer", None or "auto"; got {normalize!r}')
+    if points_at_once != "auto" and (type(points_at_once) is not int or points_at_once < 1):
+        raise ValueError(
+            f'points_at_once must be "auto" or an integer >= 1; got {points_at_once!r}'
+        )
+    entries = select(model, params)
+    if isinstance(model, MLP) and entries[0].shape == model.flat.shape:
+        entries = layers_of(model)  # the flat tensor of an MLP has layers inside
+    file = None if path is None else Path(path)
+    stored = load(file) if file is not None and file.exists() else None
+    if given is not None and seed is not None:
+        raise ValueError("seed is for random directions; drop it, or drop the given directions")
+    if given is None and seed is None:
+        seed = fresh_seed() if stored is None or stored.seed is None else stored.seed
+    words = ignored_words(ignore) if given is None or normalize is not None else ()
+    still = ignored_names(model, entries, words)
+    rows = _directions(len(axes), given, entries, normalize, seed, still)
+    losses = Losses(model, loss_fn, data, reduction, dtype, entries, rows)
+    at_once = losses.points_at_once if points_at_once == "auto" else int(points_at_once)
+    rows = rows.to(losses.dtype)
+    settings: dict[str, Any] = {
+        "model": type(model).__name__,
+        "loss": getattr(loss_fn, "__name__", type(loss_fn).__name__),
+        "parameters": [entry.name for entry in entries],
+        "dtype": str(losses.dtype),
+        "samples": losses.batches.num_samples,
+        "normalize": normalize,
+        "still": list(still),
+        "seed": seed,
+        "unit": unit_text(normalize, given is not None, rows.double().norm(dim=1).tolist(), still),
+        "points_at_once": at_once,
+    }
+    if file is not None:
+        checks = {**losses.checksums(), "directions": _digest(rows), "grid": _digest(*axes)}
+        settings["checksums"] = checks
+    if stored is None:
+        center_loss = float(losses(torch.zeros(1, len(axes), dtype=torch.float64))[0])
+        shape = tuple(len(axis) for axis in axes)
+        stored = Surface(
+            losses=torch.full(shape, math.nan, dtype=torch.float64),
+            done=torch.zeros(shape, dtype=torch.bool),
+            x=axes[0],
+            y=axes[1] if len(axes) > 1 else None,
+            directions=rows.T.contiguous(),
+            center_loss=center_loss,
+            settings=settings,
+        )
+    else:
+        _check_same(stored.settings, settings, file)
+    _fill(stored, axes, losses, at_once, file, save_every, progressbar)
+    return stored
+
+
+def _fill(
+    surface: Surface,
+    axes: Sequence[Tensor],
+    losses: Losses,
+    at_once: int,
+    file: Path | None,
+    save_every: float,
+    progressbar: bool,
+) -> None:
+    """Evaluate the points that are not done, by parts of the grid that are always the same."""
+    points = torch.cartesian_prod(*axes).view(-1, len(axes))
+    values, done = surface.losses.view(-1), surface.done.view(-1)
+    parts = [
+        slice(start, min(start + at_once, len(points)))
+        for start in range(0, len(points), at_once)
+        if not bool(done[start])
+    ]
+    bar = _bar(len(points), int(done.sum()), progressbar)
+    saved = time.monotonic()
+    for part in parts:
+        values[part] = losses(points[part])
+        done[part] = True
+        if bar is not None:
+            bar.update(part.stop - part.start)
+        if file is not None and (part is parts[-1] or time.monotonic() - saved >= save_every):
+            surface.save(file)
+            saved = time.monotonic()
+    if bar is not None:
+        bar.close()
+
+
+def _directions(
+    count: int,
+    given: Tensor | Sequence[Tensor] | None,
+    entries: Sequence[Entry],
+    normalize: str | None,
+    seed: int | None,
+    still: Sequence[str],
+) -> Tensor:
+    """Directions (D, P) in float64 on the CPU."""
+    places = list(slices_of(entries))
+    size = places[-1][1].stop
+    fixed = [part for entry, part in places if entry.name in still]
+    if given is None:
+        assert seed is not None
+        rows = random_rows(count, size, seed, fixed)
+        if not bool(rows.any()):
+            raise ValueError(f"ignore leaves nothing to move: {', '.join(still)} are all there is")
+    else:
+        rows = _given_rows(given, count, size)
+        for part in fixed:
+            rows[:, part] = 0
+    if normalize is not None:
+        pieces = [
+            e.owner.detach().reshape(-1)[e.offset : e.offset + part.stop - part.start]
+            for e, part in places
+        ]
+        return normalised(rows, torch.cat(pieces).double().cpu(), entries, normalize)
+    rows = orthogonal(rows)
+    return rows if given is not None else rows / rows.norm(dim=1, keepdim=True)
+
+
+def _given_rows(given: Tensor | Sequence[Tensor], count: int, size: int) -> Tensor:
+    columns = given.T if isinstance(given, Tensor) and given.dim() == 2 else given
+    rows = [row.detach().double().cpu() for row in columns]
+    if len(rows) != count or any(tuple(row.shape) != (size,) for row in rows):
+        wanted = f"columns ({size}, 2), or two vectors ({size},)" if count > 1 else f"({size},)"
+        got = tuple(given.shape) if isinstance(given, Tensor) else [tuple(r.shape) for r in rows]
+        raise ValueError(f"directions must be {wanted}, flat as params; got {got}")
+    return torch.stack(rows)
+
+
+def _two_axes(
+    span: Span | tuple[Span, Span], num_points: int | tuple[int, int]
+) -> list[tuple[Span, int]]:
+    spans: Any = span
+    if not (isinstance(span, tuple) and any(isinstance(part, tuple) for part in span)):
+        spans = (span, span)
+    counts = num_points if isinstance(num_points, tuple) else (num_points, num_points)
+    if len(spans) != 2 or len(counts) != 2:
+        raise ValueError(f"span and num_points are for two axes; got {span!r}, {num_points!r}")
+    return list(zip(spans, counts, strict=True))
+
+
+def _axis(name: str, span: Span, count: int) -> Tensor:
+    """Coordinates low + (high - low) i / (n - 1); the middle one of -s to s is exactly 0."""
+    low, high = span if isinstance(span, tuple) else (-span, span)
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"{name} must go up between finite numbers; got {low!r} to {high!r}")
+    if type(count) is not int or count < 2:
+        raise ValueError(f"num_points must be integers >= 2; got {count!r}")
+    return low + (high - low) * (torch.arange(count, dtype=torch.float64) / (count - 1))
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_same(stored: Any, wanted: Any, file: Path | None) -> None:
+    """Raise ValueError where a file holds a surface of other settings."""
+    wanted = json.loads(json.dumps(wanted))
+    different = []
+    for name in sorted({*stored, *wanted} - {"checksums", "unit"}):
+        if stored.get(name) != wanted.get(name):
+            different.append(f"{name} is {stored.get(name)!r}, asked for {wanted.get(name)!r}")
+    old, new = stored.get("checksums", {}), wanted["checksums"]
+    different += [f"other {name}" for name in sorted(new) if old.get(name) != new[name]]
+    if different:
+        raise ValueError(
+            f"{file} holds another landscape: {'; '.join(different)}. Choose another path, or "
+            "delete the file"
+        )
+
+
+def _bar(total: int, initial: int, wanted: bool) -> Any:
+    if not wanted:
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc="landscape", unit="point")

@@ -1,0 +1,1 @@
+"""Curvature logged while a network trains."""

@@ -1,0 +1,1 @@
+"""The CPU engine: hand-derived C++ kernels."""

@@ -1,0 +1,1 @@
+"""The CUDA engine: hand-derived CUDA C++ kernels."""

@@ -1,0 +1,344 @@
+"""The CUDA engine on M models of one network: arrays in, arrays out, by address.
+
+Each operation allocates its workspace from torch and queues its kernels. How much it takes is
+asked once per shape: the engine finds it by running the operation without launching anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.streams import HiddenMemory
+from hvpfast.mlp.checks import label_message
+from hvpfast.mlp.spec import MLPSpec
+from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
+
+if TYPE_CHECKING:
+    from hvpfast.backends import _cuda
+
+
+@functools.cache
+def engine() -> _cuda.Engine | str:
+    """The extension module, or why there is none; loaded when first asked for."""
+    try:
+        return importlib.import_module("hvpfast.backends._cuda")
+    except ImportError as error:
+        return (
+            f"hvpfast was built without CUDA ({error}); install it where nvcc is found, with "
+            "HVPFAST_CUDA=on"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(spec: MLPSpec) -> _cuda.Plan:
+    """The engine's description of a network."""
+    return _loaded().Plan(
+        list(spec.sizes),
+        spec.activation,
+        spec.loss,
+        spec.reduction == "mean",
+        spec.bias,
+        list(spec.class_weights or ()),
+        spec.ignore_index,
+        spec.label_smoothing,
+    )
+
+
+def _loaded() -> _cuda.Engine:
+    module = engine()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    return module
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(
+    spec: MLPSpec, dtype: torch.dtype, device: torch.device, M: int, N: int, order: int
+) -> dict[tuple[str, int, bool, str | None], tuple[int, int]]:
+    """(workspace, kept) bytes of all points of these shapes.
+
+    By (operation, K, ggn, distribution of the probes that the engine draws).
+    """
+    return {}
+
+
+@functools.lru_cache(maxsize=256)
+def _class_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    return None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
+
+
+class CudaModelsState:
+    """M models of one network, each at its own parameters; K tangents each, as rows (M, K, P).
+
+    Attributes:
+        scalars: (M, 4) float64 on the device: loss, normalizer, the index of the first label out
+            of range or -1, and 1 / normalizer.
+    """
+
+    def __init__(
+        self,
+        spec: MLPSpec,
+        params: Tensor | Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        order: int,
+        M: int,
+    ) -> None:
+        self._spec, self._M = spec, M
+        self._weights = _class_weights(spec.class_weights, x.device)
+        self._inputs = (params, x, y)  # keeps the memory alive
+        self._dtype, self._device = x.dtype, x.device
+        flat = isinstance(params, Tensor)
+        addresses = [params.data_ptr()] if flat else [p.data_ptr() for p in params]  # type: ignore[union-attr]
+        models_x, models_y = x.dim() == 3, y.dim() == (3 if spec.loss == "mse" else 2)
+        N = x.shape[-2]
+        self._sizes = _sizes(spec, x.dtype, x.device, M, N, order)
+        make = plan(spec).point_float64 if x.dtype is torch.float64 else plan(spec).point_float32
+        self._point = make(
+            M,
+            N,
+            addresses,
+            flat,
+            spec.num_params if M > 1 else 0,
+            x.data_ptr(),
+            x[0].numel() if models_x else 0,
+            y.data_ptr(),
+            y[0].numel() if models_y else 0,
+            0 if self._weights is None else self._weights.data_ptr(),
+            order == 3,
+            self._device.index or 0,
+        )
+        self.scalars = torch.empty(M, 4, dtype=torch.float64, device=self._device)
+        where, _workspace, self._residuals = self._memory("linearize")
+        self._point.linearize(
+            self._residuals.data_ptr(), self._residuals.nbytes, self.scalars.data_ptr(), where
+        )
+        inputs = (params, x, y) if isinstance(params, Tensor) else (*params, x, y)
+        self._hidden = HiddenMemory([self._residuals, self.scalars, *inputs])
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses, (M,)."""
+        return self.scalars[:, 0].to(self._dtype)
+
+    @property
+    def normalizers(self) -> Tensor:
+        """What the sums of losses were divided by, (M,) float64."""
+        return self.scalars[:, 1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._residuals.nbytes
+
+    @functools.cached_property
+    def values(self) -> list[tuple[float, float]]:
+        """(loss, normalizer) of each model as numbers: waits for the device.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        spec, y = self._spec, self._inputs[2]
+        rows = self.scalars.tolist()
+        for m, (_, _, wrong, _) in enumerate(rows):
+            if wrong >= 0:
+                n = int(wrong)
+                label = int(y[m, n] if y.dim() == 2 else y[n])
+                of_model = f"model {m}: " if self._M > 1 else ""
+                raise ValueError(
+                    of_model + label_message(label, n, spec.sizes[-1], spec.ignore_index)
+                )
+        return [(loss, normalizer) for loss, normalizer, _, _ in rows]
+
+    def explain(self) -> list[str]:
+        """How it runs, for ``Linearization.explain()``."""
+        return [f"matrix products: {self._point.matrix_products()}"]
+
+    def gradient(self) -> Tensor:
+        """Gradients d loss / d params, (M, P)."""
+        out = self._empty(self._spec.num_params)
+        where, _workspace, _ = self._memory("gradient")
+        self._point.gradient(out.data_ptr(), where)
+        return out
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, (M, K, P)."""
+        out = torch.empty_like(tangents)
+        K = tangents.shape[1]
+        where, _workspace, _ = self._memory("hvp", K, ggn)
+        self._point.hvp(tangents.data_ptr(), K, ggn, out.data_ptr(), where)
+        return out
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k, (M, K)."""
+        K = tangents.shape[1]
+        out = self._empty(K)
+        where, _workspace, _ = self._memory("quadratic", K, ggn)
+        self._point.quadratic(tangents.data_ptr(), K, ggn, out.data_ptr(), where)
+        return out
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_k, H v_k> / d params, (M, P)."""
+        K = tangents.shape[1]
+        out = self._empty(self._spec.num_params)
+        if K == 0:
+            return out.zero_()
+        where, _workspace, _ = self._memory("hvp_vjp", K, ggn)
+        self._point.hvp_vjp(
+            tangents.data_ptr(), cotangents.data_ptr(), K, ggn, out.data_ptr(), where
+        )
+        return out
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CudaModelsPenalty:
+        """(1/K) sum_k ||H v_k||^2 for probes (M, K, P) or their source, K >= 1."""
+        return CudaModelsPenalty(self, probes, ggn)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(self._M, *shape, dtype=self._dtype, device=self._device)
+
+    def _memory(
+        self,
+        operation: str,
+        K: int = 1,
+        ggn: bool = False,
+        source: ProbeSource | None = None,
+        keep: bool = True,
+    ) -> tuple[_cuda.Where, Tensor, Tensor]:
+        """Where an operation runs, its workspace, and the memory that its result keeps.
+
+        ``source``: of the probes that a penalty draws.
+
+        The caller holds the workspace until the work is queued: the caching allocator gives its
+        memory to later work of the same stream only.
+        """
+        if operation != "linearize":
+            self._hidden.used()
+        key = operation, K, ggn, None if source is None else source.distribution
+        sizes = self._sizes.get(key)
+        if sizes is None:
+            sizes = self._point.num_bytes(operation, K, ggn, _probes(source))
+            self._sizes[key] = sizes
+        workspace_bytes, kept_bytes = sizes
+        kept_bytes = kept_bytes if keep else 0
+        try:
+            workspace, kept = (
+                torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
+                for size in (workspace_bytes, kept_bytes)
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self._out_of_memory(operation, K, ggn, source, workspace_bytes + kept_bytes, error)
+        return self._where(workspace), workspace, kept
+
+    def _where(self, workspace: Tensor) -> _cuda.Where:
+        stream = 0
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+        return _loaded().Where(
+            self._device.index or 0, stream, workspace.data_ptr(), workspace.nbytes
+        )
+
+    def _out_of_memory(
+        self,
+        operation: str,
+        K: int,
+        ggn: bool,
+        source: ProbeSource | None,
+        size: int,
+        error: Exception,
+    ) -> NoReturn:
+        """Raise MemoryError with what the operation takes and what would fit."""
+        free = available_bytes(self._device)
+        text = f"{operation} takes {bytes_text(size)} of {self._device} memory"
+        if operation != "linearize" and K > 1:
+            drawn = _probes(source)
+            one, two = (sum(self._point.num_bytes(operation, k, ggn, drawn)) for k in (1, 2))
+            fits = max(0, 1 + (free - one) // max(1, two - one)) if free >= one else 0
+            text += f" for K = {K} tangents of {self._M} model(s); {bytes_text(free)} are free"
+            text += f", enough for K = {fits}: take fewer at once"
+        else:
+            text += f" for N = {self._inputs[1].shape[-2]} samples of {self._M} model(s); "
+            text += f"{bytes_text(free)} are free: take fewer samples at once"
+        raise MemoryError(text) from error
+
+
+def _probes(source: ProbeSource | None) -> _cuda.Probes | None:
+    if source is None:
+        return None
+    return _loaded().Probes(source.distribution, source.seed, source.first)
+
+
+class CudaModelsPenalty:
+    """The penalties of M models, for their gradients.
+
+    Probes of a source are drawn by the engine: signs by the blocks that run a small network, all
+    others by a kernel of their own.
+    """
+
+    def __init__(self, state: CudaModelsState, tangents: Tensor | ProbeSource, ggn: bool) -> None:
+        self._state, self._ggn = state, ggn
+        self._tangents: Tensor | None = None
+        self._source: ProbeSource | None = None
+        if isinstance(tangents, ProbeSource):
+            self._source, self._K = tangents, tangents.num_probes
+        else:
+            self._tangents, self._K = tangents, tangents.shape[1]
+        where, _workspace, self._kept = state._memory("penalty", self._K, ggn, self._source)
+        self.values = torch.empty(state._M, dtype=torch.float64, device=state._device)
+        state._point.penalty(
+            *self._given(),
+            self._K,
+            ggn,
+            self.values.data_ptr(),
+            self._kept.data_ptr(),
+            self._kept.nbytes,
+            where,
+        )
+        rows = [] if self._tangents is None else [self._tangents]
+        self._hidden = HiddenMemory([self._kept, self.values, *rows])
+
+    def _given(self) -> tuple[int, _cuda.Probes | None]:
+        """The address of the tangents, or their source."""
+        if self._tangents is not None:
+            return self._tangents.data_ptr(), None
+        return 0, _probes(self._source)
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses, (M,)."""
+        return self._state.loss
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalties, (M,)."""
+        self._hidden.used()
+        return self.values.to(self._state._dtype, copy=True)
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
+        state, K = self._state, self._K
+        self._hidden.used()
+        out = state._empty(state._spec.num_params)
+        where, _workspace, _ = state._memory(
+            "penalty_gradient", K, self._ggn, self._source, keep=False
+        )
+        state._point.penalty_gradient(
+            *self._given(),
+            K,
+            self._ggn,
+            g_loss,
+            g_penalty,
+            out.data_ptr(),
+            self._kept.data_ptr(),
+            self._kept.nbytes,
+            where,
+        )
+        return out

@@ -1,0 +1,105 @@
+"""The CUDA engine: hand-derived kernels of the extension module ``backends._cuda``, by address.
+
+All memory comes from torch's caching allocator and all work goes to torch's current stream; nothing
+waits for the device until a loss is read, so that calls can be captured in a CUDA graph. Models
+with parameters of their own are the first axis of every array; one model is M = 1 of them.
+Matrix products are in full precision: the engine's own tiles, and where torch has brought cuBLAS,
+that for the large ones (csrc/cuda/blas.h has the rule; ``Linearization.explain()`` says it).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvpfast.backends import exact_text
+from hvpfast.backends.cuda import many as cuda_models
+from hvpfast.backends.cuda.many import CudaModelsState
+from hvpfast.backends.one_of_many import OneModel
+from hvpfast.mlp.spec import MLPSpec
+
+NAME = "cuda"
+EXACT_BACKENDS = "cpu and reference"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None, or why the engine cannot be used; asked once, and not before it is needed."""
+    module = cuda_models.engine()
+    if isinstance(module, str):
+        return module
+    if module.emulated:
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    return module.device_problem() or (
+        None if torch.cuda.is_available() else "torch sees no CUDA device it can use"
+    )
+
+
+def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the engine cannot take this case."""
+    if spec is None:
+        return "it runs multilayer perceptrons only"
+    module = cuda_models.engine()
+    wanted = "cpu" if not isinstance(module, str) and module.emulated else "cuda"
+    if device.type != wanted:
+        return f"it runs on {wanted} tensors; these are on {device}"
+    if wanted == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels are compiled for compute capability 8.0 and newer; {device} is older"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64; these are {dtype}"
+    if spec.num_params >= 2**31:
+        return f"it takes fewer than 2**31 parameters; these are {spec.num_params}"
+    return None
+
+
+def linearize(
+    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
+) -> CudaState:
+    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
+    return CudaState(CudaModelsState(spec, params, x, y, order, 1))
+
+
+def linearize_models(
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
+) -> CudaModelsState:
+    """The states of M models at parameters (M, P).
+
+    Args:
+        spec: the network of every model.
+        params: (M, P), contiguous, used in place.
+        x: (M, N, D[0]), or (N, D[0]) for all models.
+        y: (M, N) or (M, N, D[L]), or without M for all models.
+        order: 3, or 2 to keep only what hvp and quadratic need.
+    """
+    return CudaModelsState(spec, params, x, y, order, len(params))
+
+
+class CudaState(OneModel[CudaModelsState]):
+    """One model: the only one of a :class:`CudaModelsState`."""
+
+    __slots__ = ()
+
+    @property
+    def loss_value(self) -> float:
+        """The loss as a number: waits for the device when first read."""
+        return self._models.values[0][0]
+
+    @property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by: waits for the device when first read."""
+        return self._models.values[0][1]
+
+    def explain(self) -> list[str]:
+        """How it runs, for ``Linearization.explain()``."""
+        return self._models.explain()
+
+    def _no_exact(self, kind: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{exact_text(self._models._spec, kind)} is not computed by backend 'cuda'; the "
+            f"backends {EXACT_BACKENDS} compute it, and estimator='hutchinson' estimates it here"
+        )

@@ -1,0 +1,1 @@
+"""The specification: torch.func, any dtype, any module, any loss."""

@@ -1,0 +1,243 @@
+"""Triton kernels on CUDA devices: the layers of csrc/cpu fused with their epilogues.
+
+Triton is imported when a state is first made, not before. With TRITON_INTERPRET=1 in the
+environment before this module is imported, Triton's interpreter runs the same kernels on CPU
+tensors, for tests: slowly, and only where this backend is named (``NAMED_ONLY``).
+
+One engine serves one model and M models at once: everything inside has the models in front.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hvpfast.backends.one_of_many import OneModel
+from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.streams import HiddenMemory
+from hvpfast.backends.triton.memory import explained
+from hvpfast.mlp.spec import MLPSpec
+from hvpfast.utils import cuda_graph
+
+if TYPE_CHECKING:
+    from hvpfast.backends.triton.penalty import Penalty
+
+NAME = "triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NAMED_ONLY = "Triton's interpreter is slow, for tests; name it to mean it" if INTERPRETED else None
+# All classes of a sample lie in the registers of one program.
+MOST_CLASSES = {torch.float32: 8192, torch.float64: 4096}
+
+
+def unavailable() -> str | None:
+    """None, or why Triton cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install hvpfast[triton]"
+    if INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return (
+            "this build of torch has no CUDA; for tests, Triton's interpreter runs on CPU tensors "
+            "when TRITON_INTERPRET=1 is set before Python starts"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA device can be used: none is visible, or its driver is too old for torch"
+    return None
+
+
+def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why the kernels cannot take this case."""
+    if spec is None:
+        return "it runs multilayer perceptrons only"
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        where = "CPU tensors (TRITON_INTERPRET=1)" if INTERPRETED else "CUDA tensors"
+        return f"it runs on {where}; these are on {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64; these are {dtype}"
+    if spec.sizes[-1] > (most := MOST_CLASSES[dtype]):
+        return f"it takes at most {most} outputs in {dtype}; these are {spec.sizes[-1]}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or newer; {device} has less"
+    return None
+
+
+def linearize(
+    spec: MLPSpec,
+    params: Tensor | Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    order: int,
+    precision: str = "ieee",
+) -> TritonState:
+    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place.
+
+    ``precision`` of the products in float32: ``"ieee"`` or ``"tf32x3"``.
+    """
+    rows = params.unsqueeze(0) if isinstance(params, Tensor) else params
+    return TritonState(TritonModelsState(spec, rows, x, y, order, precision))
+
+
+def linearize_models(
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int, precision: str = "ieee"
+) -> TritonModelsState:
+    """M states in one: params (M, P), x (M, N, D[0]) or (N, D[0]), y likewise."""
+    return TritonModelsState(spec, params, x, y, order, precision)
+
+
+class TritonModelsState:
+    """M models of one network, each at its own point; K tangents are (M, K, P).
+
+    Where memory runs out every operation raises MemoryError, which says what fits.
+    """
+
+    __slots__ = ("_hidden", "_lin", "_read", "_y")
+
+    def __init__(
+        self,
+        spec: MLPSpec,
+        params: Tensor | Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
+        order: int,
+        precision: str,
+    ) -> None:
+        from hvpfast.backends.triton.linearization import Linearization
+
+        M = len(params) if isinstance(params, Tensor) else 1
+        with explained(spec, M, x, "linearize"):
+            self._lin = Linearization(spec, params, x, y, order, precision)
+        inputs = [params] if isinstance(params, Tensor) else list(params)
+        self._hidden = HiddenMemory([*self._lin.kept, *inputs, x, y])
+        self._y = y
+        self._read = False  # whether the losses were, and labels out of range told
+
+    def _running(self, operation: str, K: int) -> AbstractContextManager[None]:
+        self._hidden.used()
+        return explained(self._lin.spec, self._lin.M, self._lin.like, operation, K)
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses (M,). Read first, it waits for the device, unless a graph is captured.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        if not self._read and not cuda_graph.recording(self._y):
+            self._read = bool(self.loss_values)
+        return self._lin.loss
+
+    @property
+    def loss_values(self) -> list[float]:
+        """The losses as numbers; waits for the device.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        return self._lin.loss_values(self._y)
+
+    @property
+    def normalizers(self) -> Tensor:
+        """What the sums of losses were divided by, (M,) float64."""
+        return self._lin.normalizers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._lin.nbytes
+
+    def gradient(self) -> Tensor:
+        """Gradients d loss_m / d params_m, (M, P)."""
+        self._hidden.used()
+        return self._lin.gradient()
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H_m v_mk, or with ``ggn`` G_m v_mk, (M, K, P)."""
+        from hvpfast.backends.triton.tangents import hvp
+
+        with self._running("hvp", tangents.shape[1]):
+            return hvp(self._lin, tangents, ggn)
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_mk' H_m v_mk, (M, K)."""
+        from hvpfast.backends.triton.tangents import quadratic
+
+        with self._running("quadratic", tangents.shape[1]):
+            return quadratic(self._lin, tangents, ggn)
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_mk, H_m v_mk> / d params_m, (M, P)."""
+        from hvpfast.backends.triton.third_order import hvp_vjp
+
+        with self._running("hvp_vjp", tangents.shape[1]):
+            return hvp_vjp(self._lin, tangents, cotangents, ggn)
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
+        """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
+        from hvpfast.backends.probes.triton import draw
+        from hvpfast.backends.triton.penalty import Penalty
+
+        K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
+        with self._running("penalty", K):
+            if isinstance(probes, ProbeSource):
+                source, probes = probes, self._lin.empty(self._lin.M, K, self._lin.P)
+                draw(probes, source.distribution, source.seed, source.first)
+            penalty = Penalty(self._lin, probes, ggn)
+        return TritonModelsPenalty(self, penalty)
+
+
+class TritonModelsPenalty:
+    """The penalties of M models, for their gradients."""
+
+    __slots__ = ("_hidden", "_penalty", "_state")
+
+    def __init__(self, state: TritonModelsState, penalty: Penalty) -> None:
+        self._state, self._penalty = state, penalty
+        self._hidden = HiddenMemory(penalty.kept)
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses (M,)."""
+        return self._state._lin.loss
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalties (M,)."""
+        self._hidden.used()
+        return self._penalty.value.to(self._state._lin.like.dtype)
+
+    def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
+        """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""
+        self._hidden.used()
+        with self._state._running("penalty gradient", self._penalty.K):
+            return self._penalty.gradient(g_loss, g_penalty)
+
+
+class TritonState(OneModel[TritonModelsState]):
+    """One model at its point: the state of one of M = 1 models."""
+
+    __slots__ = ()
+
+    @property
+    def loss_value(self) -> float:
+        """The loss as a number; waits for the device.
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        return self._models.loss_values[0]
+
+    @property
+    def normalizer(self) -> float:
+        """What the sum of losses was divided by; waits for the device."""
+        return float(self._models.normalizers[0])
+
+    def _no_exact(self, kind: str) -> NotImplementedError:
+        return NotImplementedError(
+            "the triton backend has no exact curvature; the backends 'cpu' and 'reference' have it"
+        )

@@ -1,0 +1,1 @@
+"""What studies and benchmarks stand on: runs, data, measures, reports, the environment."""

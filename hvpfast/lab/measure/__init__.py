@@ -1,0 +1,1 @@
+"""What is measured: trainings, tunings, times, dense Hessians."""

@@ -1,0 +1,1 @@
+"""What is shown: words, tables, statistics, figures, pages."""

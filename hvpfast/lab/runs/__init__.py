@@ -1,0 +1,1 @@
+"""Runs: their folder, progress, configuration, and the processes that share them."""

@@ -1,0 +1,44 @@
+"""A further process for a run that has one: ``python -m hvpfast.lab.runs.helper DIR PARENT``.
+
+It works on the cells of the run in DIR until all are finished, and stops where the process PARENT
+that started it has gone. See ``sharing.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hvpfast.lab.runs.config import from_json
+from hvpfast.lab.runs.folder import RunFolder, StudyError
+from hvpfast.lab.runs.progress import Orphaned, Progress
+from hvpfast.lab.runs.run import one_torch_thread
+from hvpfast.lab.runs.sharing import Claims
+from hvpfast.studies import studies
+
+STOPPED = 3
+"""Exit status where the run has gone."""
+
+
+def help_run(path: Path, parent: int) -> int:
+    """Work on the cells of the run in a folder; return the exit status."""
+    folder = RunFolder(path)
+    stored = folder.config()
+    if stored is None:
+        raise StudyError(f"{path} holds no run to help with")
+    study = studies()[stored["study"]]
+    config = from_json(type(study.presets["default"]), stored["config"])
+    claims = Claims(path)
+    progress = Progress(folder, study.plan(config), True, claims, parent=parent)
+    try:
+        with one_torch_thread():
+            study.experiment(config, study.load(config), progress)
+    except Orphaned:
+        return STOPPED
+    finally:
+        claims.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(help_run(Path(sys.argv[1]), int(sys.argv[2])))

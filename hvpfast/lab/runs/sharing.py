@@ -1,0 +1,135 @@
+"""Several processes on one run: each runs the whole experiment and takes cells that are free.
+
+A cell is taken by a lock on its byte of the file ``.lock``; the system lets go of it when its
+holder dies, so that nothing is ever left taken. The processes are ranks of torchrun, or helpers
+that a run starts by itself (see ``helper.py``). Who works on a cell does not change its rows: every
+random stream is named, and torch runs on one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvpfast.lab.environment import checkout
+from hvpfast.lab.runs.folder import LOCK, StudyError
+
+WHOLE_RUN = 0
+"""The byte that the process which draws the report holds during the run; cell i has byte i + 1."""
+TAKEN = (BlockingIOError, PermissionError)
+"""What systems raise for a lock that another process has."""
+
+
+class Claims:
+    """Exclusive claims of this process on cells of a run folder, which must exist."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / LOCK, "ab")  # noqa: SIM115  # until close(): locks go with it
+        except OSError as error:
+            raise StudyError(
+                f"cannot write in {folder}: {error.strerror or error}. Choose another --out"
+            ) from error
+
+    @contextlib.contextmanager
+    def hold(self, byte: int) -> Iterator[bool]:
+        """Try to take the byte; gives whether it was free. Let go of at the end."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except TAKEN:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
+
+    def take_run(self) -> None:
+        """Hold the whole run until `close`; raise where another process has it."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, WHOLE_RUN)
+        except TAKEN as error:
+            raise StudyError(
+                f"another process is working in {self.folder}. Wait for it, or choose another --out"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that torchrun started, as its environment variables tell."""
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process checks the folder, shows progress and draws the report."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every process of the team has come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def team() -> Team:
+    """Return the team of this process; alone where torchrun did not start it."""
+    words = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
+    try:
+        found = Team(*map(int, words))
+    except ValueError as error:
+        raise StudyError(
+            f"RANK and WORLD_SIZE must be integers; got {' and '.join(words)}"
+        ) from error
+    if not 0 <= found.rank < found.size:
+        raise StudyError(f"RANK must be below WORLD_SIZE; got {' and '.join(words)}")
+    return found
+
+
+class Helpers:
+    """Further processes for the run in a folder, started when there is work enough for them."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start them, once."""
+        package = str(checkout())
+        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        command = [
+            sys.executable,
+            "-m",
+            "hvpfast.lab.runs.helper",
+            str(self.folder),
+            str(os.getpid()),
+        ]
+        while len(self.processes) < self.number:
+            # a session of their own: Ctrl-C is for the run, which then stops them
+            self.processes.append(
+                subprocess.Popen(command, env=environment, start_new_session=True)
+            )
+
+    def stop(self) -> None:
+        """End those that still run."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait()

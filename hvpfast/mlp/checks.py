@@ -1,0 +1,265 @@
+"""Checks of what users pass in; each error says what was expected, what came and what to do.
+
+The checks look at metadata only. Values are looked at where it is free: a loss that is not finite
+is explained by :func:`nonfinite_reason`, labels are checked by the backends while they read them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from hvpfast.mlp.spec import MLPSpec, check_choice
+
+CURVATURES = ("hessian", "ggn")
+
+
+class SlowBackendWarning(UserWarning):
+    """A model runs on the reference backend, which is slow; the message says why."""
+
+
+_warned: set[tuple[type, str]] = set()
+
+
+def warn_slow(model: nn.Module, reason: str, *, stacklevel: int = 3) -> None:
+    """Say that the model runs on the reference backend: once per class of model and reason."""
+    if (type(model), reason) not in _warned:
+        _warned.add((type(model), reason))
+        warnings.warn(
+            f"{type(model).__name__} runs on the slow reference backend: {reason}. This is said "
+            "once; pass backend='reference' to mean it",
+            SlowBackendWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def check_deterministic_modules(model: nn.Module) -> None:
+    """Raise ValueError for modules that draw random numbers or mix samples: both in train mode."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        mixes = isinstance(module, _BatchNorm)
+        p = getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0.0)
+        draws = isinstance(module, nn.RReLU) or (isinstance(p, (int, float)) and p > 0)
+        if mixes or draws:
+            effect = "the loss of a sample depends on the others" if mixes else "the loss is random"
+            raise ValueError(
+                f"layer {name or 'the model itself'} is {type(module).__name__} in train mode: "
+                f"{effect}, so there is no one Hessian; call model.eval(), or .eval() on that layer"
+            )
+
+
+def params_mismatch(spec: MLPSpec, params: object) -> Exception:
+    """The error for parameters that are not what ``spec`` needs."""
+    if isinstance(params, Tensor):
+        if params.shape != (spec.num_params,):
+            return ValueError(
+                f"params must be a flat tensor ({spec.num_params},) or the list [W1, b1, ...] for "
+                f"sizes {spec.sizes}; got {tuple(params.shape)}"
+            )
+        tensors: Sequence[Tensor] = [params]
+    elif isinstance(params, Sequence) and all(isinstance(t, Tensor) for t in params):
+        tensors = params
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        if shapes != spec.shapes:
+            return ValueError(
+                f"params must have the shapes {spec.shapes} (layer by layer, bias={spec.bias}); "
+                f"got {shapes}"
+            )
+    else:
+        return TypeError(
+            f"params must be a flat tensor or a list of tensors [W1, b1, ...]; got {_kind(params)}."
+            " For a module pass hf.params_of(module)"
+        )
+    if not tensors[0].is_floating_point():
+        return TypeError(f"params must be floating point; got {tensors[0].dtype}")
+    for name, t in zip(spec.names if len(tensors) > 1 else ("params",), tensors, strict=True):
+        if (t.dtype, t.device) != (tensors[0].dtype, tensors[0].device):
+            return TypeError(
+                f"params must share one dtype and device; {name} is {t.dtype} on {t.device}, "
+                f"the first is {tensors[0].dtype} on {tensors[0].device}"
+            )
+        if not t.is_contiguous():
+            return ValueError(
+                f"params must be contiguous: they are used in place, never copied; {name} has "
+                f"strides {t.stride()} for shape {tuple(t.shape)}. Pass {name}.contiguous()"
+            )
+    raise AssertionError("params match")
+
+
+def check_params(spec: MLPSpec, params: Tensor | Sequence[Tensor]) -> Tensor:
+    """The first parameter tensor, which has the dtype and device of all.
+
+    Raises:
+        ValueError: wrong shapes, or not contiguous.
+        TypeError: not tensors, not floating point, or a mix of dtypes or devices.
+    """
+    if isinstance(params, Tensor):
+        shape_fits = params.shape == (spec.num_params,)
+        if shape_fits and params.is_contiguous() and params.is_floating_point():
+            return params
+    else:
+        try:
+            first = params[0]
+            uniform = len({(t.dtype, t.device) for t in params}) == 1 and first.is_floating_point()
+            shapes_fit = tuple([t.shape for t in params]) == spec.shapes
+            if uniform and shapes_fit and all(map(Tensor.is_contiguous, params)):
+                return first
+        except (AttributeError, IndexError, TypeError):  # not a list of tensors
+            pass
+    raise params_mismatch(spec, params)
+
+
+def check_batch(
+    spec: MLPSpec, like: Tensor, x: Tensor, y: Tensor, *, name: str = "params"
+) -> tuple[Tensor, Tensor]:
+    """The batch (x (N, D[0]), y) contiguous, with the dtype and device of ``like``.
+
+    Inputs (N, ...) with D[0] entries per sample are flattened.
+
+    Raises:
+        ValueError: wrong shapes, or no samples.
+        TypeError: not tensors, or a dtype or device other than that of the parameters.
+    """
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"x and y must be tensors; got {_kind(x)} and {_kind(y)}")
+    dtype, device = like.dtype, like.device
+    both_cpu = x.is_cpu and y.is_cpu and like.is_cpu  # cheaper than comparing devices
+    if x.dtype is not dtype or not (both_cpu or x.device == device):
+        raise TypeError(
+            f"x must be {dtype} on {device}, as {name}; got {x.dtype} on {x.device}. "
+            f"Convert it: x.to({name})"
+        )
+    shape = x.shape
+    if len(shape) != 2 or shape[1] != spec.sizes[0]:
+        x = _flatten_inputs(x, spec.sizes[0])
+        shape = x.shape
+    n = shape[0]
+    if n == 0:
+        raise ValueError(f"the batch is empty: x is {tuple(shape)}; pass one sample or more")
+    mse = spec.loss == "mse"
+    y_dtype = dtype if mse else torch.int64
+    if y.dtype is not y_dtype or not (both_cpu or y.device == device):
+        raise TypeError(
+            f"{spec.loss} targets y must be {y_dtype} on {device}; got {y.dtype} on {y.device}"
+        )
+    y_shape = (n, spec.sizes[-1]) if mse else (n,)
+    if y.shape != y_shape:
+        hint = ". Did you mean y[:, None]?" if y_shape == (n, 1) and y.shape == (n,) else ""
+        raise ValueError(
+            f"{spec.loss} targets y must be {y_shape} for x {tuple(shape)}; got "
+            f"{tuple(y.shape)}{hint}"
+        )
+    return (
+        x if x.is_contiguous() else x.contiguous(),
+        y if y.is_contiguous() else y.contiguous(),
+    )
+
+
+def _flatten_inputs(x: Tensor, d_in: int) -> Tensor:
+    if x.dim() > 2 and math.prod(x.shape[1:]) == d_in:
+        return x.flatten(1)
+    hint = ". For one sample pass x[None]" if x.shape == (d_in,) else ""
+    if x.dim() == 2 and x.size(0) == d_in:
+        hint = ". Did you mean x.T?"
+    raise ValueError(f"x must be (N, {d_in}) to match the first layer; got {tuple(x.shape)}{hint}")
+
+
+def check_labels(spec: MLPSpec, y: Tensor) -> None:
+    """Raise ValueError unless every label is in [0, D[L]) or is ``ignore_index``."""
+    classes = spec.sizes[-1]
+    wrong = ((y < 0) | (y >= classes)) & (y != spec.ignore_index)
+    if wrong.any():
+        n = int(wrong.nonzero()[0, 0])
+        raise ValueError(label_message(int(y[n]), n, classes, spec.ignore_index))
+
+
+def label_message(label: int, n: int, classes: int, ignore_index: int) -> str:
+    """The message for a label out of range, in the words of the compiled backends."""
+    return (
+        f"labels must be in [0, {classes}) or equal ignore_index={ignore_index}; "
+        f"got y[{n}] = {label}. Is the last layer as wide as there are classes?"
+    )
+
+
+def tangent_rows(tangents: Tensor, num_params: int, like: Tensor, name: str = "tangents") -> Tensor:
+    """Columns (P,) or (P, K) as contiguous rows (1, P) or (K, P); copies only if it must.
+
+    Raises:
+        ValueError: wrong shape.
+        TypeError: not a tensor, or a dtype or device other than that of the parameters.
+    """
+    check_tangents(tangents, num_params, like, name)
+    rows = tangents.unsqueeze(0) if tangents.dim() == 1 else tangents.T
+    return rows if rows.is_contiguous() else rows.contiguous()
+
+
+def check_tangents(tangents: Tensor, num_params: int, like: Tensor, name: str = "tangents") -> None:
+    """Raise the errors of :func:`tangent_rows`."""
+    if not isinstance(tangents, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor ({num_params},) or ({num_params}, K); got {_kind(tangents)}. "
+            "Convert it: torch.as_tensor(...)"
+        )
+    same_device = (tangents.is_cpu and like.is_cpu) or tangents.device == like.device
+    if tangents.dtype is not like.dtype or not same_device:
+        raise TypeError(
+            f"{name} must be {like.dtype} on {like.device}, as the parameters; got "
+            f"{tangents.dtype} on {tangents.device}. Convert: {name}.to(device=..., dtype=...)"
+        )
+    shape = tangents.shape
+    if len(shape) not in (1, 2) or shape[0] != num_params:
+        hint = ". Did you mean .T?" if len(shape) == 2 and shape[1] == num_params else ""
+        raise ValueError(
+            f"{name} must be ({num_params},) or ({num_params}, K), one direction per column, to "
+            f"match params; got {tuple(shape)}{hint}"
+        )
+
+
+def check_curvature(curvature: str) -> bool:
+    """True for "ggn", False for "hessian", ValueError otherwise."""
+    check_choice("curvature", curvature, CURVATURES)
+    return curvature == "ggn"
+
+
+def nonfinite_reason(
+    loss: float, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor
+) -> str:
+    """Why a loss is not finite: which input holds NaN or inf, or that nothing counts."""
+    named: list[tuple[str, Tensor]] = [("params", params)] if isinstance(params, Tensor) else []
+    if not isinstance(params, Tensor):
+        named = [(f"params {name}", t) for name, t in zip(spec.names, params, strict=True)]
+    named.append(("x", x))
+    if spec.loss == "mse":
+        named.append(("y", y))
+    bad = [_nonfinite_entry(name, t) for name, t in named if not bool(torch.isfinite(t).all())]
+    if bad:
+        return f"the loss is {loss}: {'; '.join(bad)}. All inputs must be finite"
+    if spec.loss == "cross_entropy" and spec.reduction == "mean" and math.isnan(loss):
+        return (
+            "the mean cross-entropy is undefined: every target is ignore_index or has class weight "
+            "zero; drop this batch or use reduction='sum'"
+        )
+    return (
+        f"the loss is {loss} though all inputs are finite: the network overflows {x.dtype}. "
+        "Scale the inputs or the parameters down, or use float64"
+    )
+
+
+def _nonfinite_entry(name: str, t: Tensor) -> str:
+    wrong = ~torch.isfinite(t)
+    index = wrong.nonzero()[0].tolist()
+    where = ", ".join(str(i) for i in index)
+    return f"{name} has {int(wrong.sum())} entries that are NaN or inf, the first at [{where}]"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a {type(value).__name__} of {sorted({type(v).__name__ for v in value})}"
+    return type(value).__name__

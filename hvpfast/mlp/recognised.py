@@ -1,0 +1,131 @@
+"""What a model and a loss were recognised as, kept for the next call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from hvpfast.mlp.module import MLP, spec_of
+from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec
+
+# Attributes of modules that decide what spec_of makes of them.
+_WATCHED: dict[type, tuple[str, ...]] = {
+    nn.Dropout: ("p",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    **{module: tuple(attributes) for _, module, attributes in ACTIVATION_TABLE.values()},
+}
+
+
+class Plan:
+    """The specification of a model with a loss, and where the parameters are found.
+
+    A plan holds no reference to the model itself, which it must not keep alive.
+
+    Attributes:
+        spec: the :class:`MLPSpec`.
+        layout: shapes and numels of the parameters, None if the model has one flat parameter.
+    """
+
+    __slots__ = ("_loss", "_model", "_slots", "_structure", "layout", "spec")
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
+        self.spec: MLPSpec = spec_of(model, loss_fn)
+        self.layout = None if type(model) is MLP else (self.spec.shapes, self.spec.numels)
+        self._structure = _structure(model)
+        self._loss = _loss_state(loss_fn)
+        self._slots = [
+            (module._parameters, name)
+            for module in model.modules()
+            for name, tensor in module._parameters.items()
+            if tensor is not None
+        ]
+        key = id(model)
+        self._model = weakref.ref(model, lambda _: _plans.pop(key, None))
+
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters in flat order: ``[flat]`` or ``[W1, b1, W2, ...]``."""
+        return [slot[name] for slot, name in self._slots]  # type: ignore[misc]
+
+
+_plans: dict[int, Plan] = {}  # by id of the model
+
+
+def plan_of(model: nn.Module, loss_fn: Callable[..., Any]) -> Plan:
+    """The plan of a multilayer perceptron with a known loss.
+
+    Raises:
+        NotAnMLPError: they are something else; the message is the reason.
+    """
+    plan = _plans.get(id(model))
+    if (
+        plan is None
+        or plan._model() is not model
+        or plan._structure != _structure(model)
+        or plan._loss != _loss_state(loss_fn)
+    ):
+        plan = _plans[id(model)] = Plan(model, loss_fn)
+    return plan
+
+
+def _structure(model: nn.Module) -> object:
+    """The modules below ``model``, and of each its class, mode, hooks and watched attributes."""
+    state = model.__dict__
+    if type(model) is MLP:
+        return state["sizes"], state["activation"], state["bias"], _hooked(state)
+    seen: list[object] = []
+    modules = [model]
+    for module in modules:
+        state = module.__dict__
+        kind = type(module)
+        seen += (kind, state["training"], _hooked(state))
+        if kind in _WATCHED:
+            seen += [state[name] for name in _WATCHED[kind]]
+        children = state["_modules"]
+        if children:
+            seen += children.values()
+            modules += children.values()
+    return seen
+
+
+def _hooked(state: dict[str, Any]) -> object:
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or None
+    )
+
+
+def _loss_state(loss_fn: Callable[..., Any]) -> object:
+    """What decides a loss: the function, or the class and the options of a module."""
+    if type(loss_fn) is FunctionType:
+        return loss_fn
+    if not isinstance(loss_fn, nn.Module):
+        return object()  # a partial: equal to nothing, it is looked at in every call
+    state = loss_fn.__dict__
+    weight = state["_buffers"].get("weight")
+    return (
+        type(loss_fn),
+        state.get("reduction"),
+        state.get("ignore_index"),
+        state.get("label_smoothing"),
+        weight if weight is None else (_Identity(weight), weight._version),
+        _hooked(state),
+    )
+
+
+class _Identity:
+    """A tensor compared by identity, and kept alive so that the identity stays its own."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.tensor is other.tensor

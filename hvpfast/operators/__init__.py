@@ -1,0 +1,1 @@
+"""Curvature matrices of models over data as linear operators."""

@@ -1,0 +1,349 @@
+"""Linear operators A (P, P): products in several formats, sums, products, scalings and shifts.
+
+Columns outside, rows inside: ``A @ V`` takes tangents as columns (P, K), as linear algebra writes
+them; ``_apply`` takes and returns rows (K, P), so that each tangent is one contiguous vector.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvpfast.operators.parameters import Layout
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
+
+__all__ = ["LinearOperator"]
+
+
+class LinearOperator(ABC):
+    """A linear operator on vectors of P parameters, known by its products.
+
+    ``A @ v`` takes tangents as (P,), as columns (P, K), as a list of tensors shaped like the
+    parameters (or each with a trailing K), or as a dict of them by name, and returns the same
+    format. ``v @ A`` takes (P,) or rows (K, P). Operators and numbers combine with ``+ - * / @``.
+    Products take no part in autograd: results are detached, whatever tangents require.
+
+    A subclass gives ``_apply``, and ``_apply_adjoint`` where ``self_adjoint`` is False.
+    """
+
+    __array_ufunc__ = None  # NumPy leaves numpy_number * A to A
+
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, layout: Layout | None
+    ) -> None:
+        self._size, self._dtype, self._device, self._layout = size, dtype, device, layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self._size, self._size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of tangents and products."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of tangents and products."""
+        return self._device
+
+    @property
+    @abstractmethod
+    def self_adjoint(self) -> bool:
+        """Whether A = A'."""
+
+    @abstractmethod
+    def explain(self) -> str:
+        """What runs and why, for people."""
+
+    def _agreed(self, number: int) -> int:
+        """The number that all processes with a part of A go on with: the least of theirs."""
+        return number
+
+    @abstractmethod
+    def _apply(self, rows: Tensor) -> Tensor:
+        """New rows A t_k (K, P) for contiguous rows t_k (K, P)."""
+
+    def _apply_adjoint(self, rows: Tensor) -> Tensor:
+        """New rows A' t_k (K, P) for contiguous rows t_k (K, P)."""
+        if not self.self_adjoint:
+            raise NotImplementedError(f"{type(self).__name__} gives no adjoint product")
+        return self._apply(rows)
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: LinearOperator) -> LinearOperator: ...
+    @overload
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @overload
+    def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def __matmul__(self, other: Any) -> Any:
+        """``A @ v`` in the formats of the class; ``A @ B``, the product of two operators.
+
+        Raises:
+            TypeError: tangents of another dtype, device or kind.
+            ValueError: tangents of another shape.
+        """
+        if isinstance(other, Tensor):
+            rows = self._apply(self._rows(other, 0))
+            return rows.T if other.dim() == 2 else rows.reshape(-1)
+        if isinstance(other, LinearOperator):
+            return _Product(self, other)
+        if isinstance(other, Mapping):
+            names = self._tree().names
+            if set(other) != set(names):
+                raise ValueError(
+                    f"tangents must have the entries {', '.join(names)}; missing: "
+                    f"{sorted(set(names) - set(other))}, unknown: {sorted(set(other) - set(names))}"
+                )
+            return dict(zip(names, self._apply_tree([other[n] for n in names]), strict=True))
+        if isinstance(other, (list, tuple)):
+            return self._apply_tree(other)
+        return _refuse_array(other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        """``v @ A``, that is ``(A' v')'``, for v (P,) or rows (K, P)."""
+        if not isinstance(other, Tensor):
+            return _refuse_array(other)
+        rows = self._apply_adjoint(self._rows(other, 1))
+        return rows if other.dim() == 2 else rows.reshape(-1)
+
+    def _rows(self, given: Tensor, axis: int) -> Tensor:
+        """Contiguous, detached rows (K, P) of (P,), or of a matrix with P along ``axis``."""
+        size, dim = self._size, given.dim()
+        if dim not in (1, 2) or given.shape[axis if dim == 2 else 0] != size:
+            wanted = f"({size},) or " + (f"rows (K, {size})" if axis else f"columns ({size}, K)")
+            hint = ""
+            if dim == 2 and given.shape[1 - axis] == size:
+                kind = "rows of v @ A" if axis else "columns of A @ V"
+                hint = f". Did you mean .T? Tangents are the {kind}"
+            raise ValueError(
+                f"tangents must be {wanted} to match the parameters; got {tuple(given.shape)}{hint}"
+            )
+        if given.dtype != self._dtype or given.device != self._device:
+            raise TypeError(
+                f"tangents must be {self._dtype} on {self._device}; got {given.dtype} on "
+                f"{given.device}: use v.to(A.device, A.dtype), or build the operator with dtype="
+            )
+        rows = given.unsqueeze(0) if dim == 1 else given.T if axis == 0 else given
+        return (rows.detach() if rows.requires_grad else rows).contiguous()
+
+    def _tree(self) -> Layout:
+        if self._layout is None:
+            raise TypeError("operators of different parameters are combined: give (P,) or (P, K)")
+        return self._layout
+
+    def _apply_tree(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        layout = self._tree()
+        rows, stacked = layout.rows_of(tensors)
+        return layout.split(self._apply(self._rows(rows, 1)), stacked)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return _Sum(self, other) if isinstance(other, LinearOperator) else _refuse_number(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _refuse_number(other)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return _Sum(self, -other) if isinstance(other, LinearOperator) else _refuse_number(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _refuse_number(other)
+
+    def __neg__(self) -> LinearOperator:
+        return _Affine(self, -1.0, 0.0)
+
+    def __mul__(self, number: float | Tensor) -> LinearOperator:
+        return _Affine(self, float(number), 0.0) if _is_number(number) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, number: float | Tensor) -> LinearOperator:
+        return _Affine(self, 1.0 / float(number), 0.0) if _is_number(number) else NotImplemented
+
+    def shift(self, number: float | Tensor) -> LinearOperator:
+        """``A + c I`` for a real number c, for instance a damping."""
+        if not _is_number(number):
+            raise TypeError(f"shift needs a real number; got {type(number).__name__}")
+        return _Affine(self, 1.0, float(number))
+
+    def adjoint(self) -> LinearOperator:
+        """``A'``: the operator itself where it is self-adjoint."""
+        return self if self.self_adjoint else _Adjoint(self)
+
+    @property
+    def T(self) -> LinearOperator:
+        """``A'``, as :meth:`adjoint`."""
+        return self.adjoint()
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__.lstrip("_")
+        return f"<{self._size}x{self._size} {kind}, {self._dtype} on {self._device}>"
+
+    def to_scipy(self, dtype: Any = None) -> scipy.sparse.linalg.LinearOperator:
+        """This operator for SciPy, with ``matvec``, ``matmat`` (columns) and their adjoints.
+
+        NumPy arrays go in and come out; products are computed in the operator's dtype.
+
+        Args:
+            dtype: NumPy dtype that the SciPy operator declares and returns; the operator's own
+                if None (float32 for bfloat16, which NumPy does not have).
+        """
+        from scipy.sparse.linalg import LinearOperator as ScipyOperator
+
+        portable = torch.float32 if self._dtype == torch.bfloat16 else self._dtype
+        declared = np.dtype(str(portable).removeprefix("torch.") if dtype is None else dtype)
+
+        def product(
+            apply: Callable[[Tensor], Tensor], columns: np.ndarray[Any, Any]
+        ) -> np.ndarray[Any, Any]:
+            if np.iscomplexobj(columns):
+                raise TypeError("the operator is real; got complex vectors: use .real and .imag")
+            given = np.array(columns.reshape(self._size, -1).T, order="C")  # a copy: writable
+            rows = apply(torch.from_numpy(given).to(self._device, self._dtype))
+            out: np.ndarray[Any, Any] = rows.to("cpu", portable).numpy().T.reshape(columns.shape)
+            return np.asarray(out, declared)
+
+        forward = functools.partial(product, self._apply)
+        backward = functools.partial(product, self._apply_adjoint)
+        return ScipyOperator(
+            self.shape,
+            matvec=forward,
+            matmat=forward,
+            rmatvec=backward,
+            rmatmat=backward,
+            dtype=declared,
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or (
+        isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
+    )
+
+
+def _refuse_number(other: Any) -> Any:
+    if _is_number(other):
+        raise TypeError("a number cannot be added to an operator; use A.shift(c) for A + c I")
+    return NotImplemented
+
+
+def _refuse_array(other: Any) -> Any:
+    if isinstance(other, np.ndarray):
+        raise TypeError(
+            "tangents must be tensors; got a NumPy array: use torch.from_numpy, or A.to_scipy()"
+        )
+    return NotImplemented
+
+
+class _Combined(LinearOperator):
+    """What all combinations share: the operands' common size, dtype, device and layout."""
+
+    def __init__(self, *operands: LinearOperator) -> None:
+        first = operands[0]
+        for other in operands[1:]:
+            if (other.shape, other.dtype, other.device) != (first.shape, first.dtype, first.device):
+                raise ValueError(
+                    f"operators must agree in shape, dtype and device; got {first!r} and {other!r}"
+                )
+        same = all(other._layout == first._layout for other in operands[1:])
+        super().__init__(first.shape[0], first.dtype, first.device, first._layout if same else None)
+        self._operands = operands
+
+    def _agreed(self, number: int) -> int:
+        for operand in self._operands:
+            number = operand._agreed(number)
+        return number
+
+    @abstractmethod
+    def _formula(self) -> str:
+        """The combination with A, B for its operands."""
+
+    @property
+    def self_adjoint(self) -> bool:
+        """Whether the operands are."""
+        return all(operand.self_adjoint for operand in self._operands)
+
+    def explain(self) -> str:
+        """The formula, and what its operands say."""
+        lines = [f"{self._formula()}, where"]
+        for name, operand in zip("AB", self._operands, strict=False):
+            lines += [f"{name} = " + operand.explain().replace("\n", "\n    ")]
+        return "\n".join(lines)
+
+
+class _Sum(_Combined):
+    def _formula(self) -> str:
+        return "A + B"
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._operands[0]._apply(rows).add_(self._operands[1]._apply(rows))
+
+    def _apply_adjoint(self, rows: Tensor) -> Tensor:
+        return self._operands[0]._apply_adjoint(rows).add_(self._operands[1]._apply_adjoint(rows))
+
+
+class _Affine(_Combined):
+    """c A + s I."""
+
+    def __init__(self, operand: LinearOperator, factor: float, shift: float) -> None:
+        super().__init__(operand)
+        self._factor, self._shift = factor, shift
+
+    def _formula(self) -> str:
+        scaled = "A" if self._factor == 1 else f"{self._factor:g} A"
+        return f"{scaled} + {self._shift:g} I" if self._shift else scaled
+
+    def _finish(self, out: Tensor, rows: Tensor) -> Tensor:
+        if self._factor != 1:
+            out = out.mul_(self._factor)
+        return out.add_(rows, alpha=self._shift) if self._shift else out
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._finish(self._operands[0]._apply(rows), rows)
+
+    def _apply_adjoint(self, rows: Tensor) -> Tensor:
+        return self._finish(self._operands[0]._apply_adjoint(rows), rows)
+
+
+class _Product(_Combined):
+    def _formula(self) -> str:
+        return "A B"
+
+    @property
+    def self_adjoint(self) -> bool:
+        """False: a product of self-adjoint operators is self-adjoint only where they commute."""
+        return False
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._operands[0]._apply(self._operands[1]._apply(rows).contiguous())
+
+    def _apply_adjoint(self, rows: Tensor) -> Tensor:
+        return self._operands[1]._apply_adjoint(self._operands[0]._apply_adjoint(rows).contiguous())
+
+
+class _Adjoint(_Combined):
+    def _formula(self) -> str:
+        return "A'"
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._operands[0]._apply_adjoint(rows)
+
+    def _apply_adjoint(self, rows: Tensor) -> Tensor:
+        return self._operands[0]._apply(rows)
+
+    def adjoint(self) -> LinearOperator:
+        """A itself."""
+        return self._operands[0]

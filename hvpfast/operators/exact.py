@@ -1,0 +1,167 @@
+"""Exact curvature of a perceptron without probes, over all data of an operator.
+
+The Hessian of a perceptron's loss on one sample is a small matrix between two wide, simple factors:
+its core (``hvpfast/backends/reference/cores.py`` has the formulas). With L = sum_b c_b L_b over
+batches,
+
+    tr H = sum_b c_b tr H_b,    diag H likewise,    tr H^2 = sum_bb' c_b c_b' tr H_b H_b'
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvpfast.backends import State
+from hvpfast.mlp.spec import MLPSpec
+from hvpfast.operators.linearized_data import Points
+from hvpfast.operators.objective import MLPProblem
+from hvpfast.operators.parameters import Subset
+from hvpfast.operators.reduction import batch_size
+
+__all__ = ["CoreCost", "Cores"]
+
+
+@dataclass(frozen=True)
+class CoreCost:
+    """Multiply-adds of exact curvature, and of one product for comparison.
+
+    Args:
+        trace: of the trace or the diagonal; grows with N.
+        frobenius_sq: of tr H^2; grows with N^2.
+        matvec: of one product H v.
+    """
+
+    trace: float
+    frobenius_sq: float
+    matvec: float
+
+
+class Cores:
+    """Exact values of a Hessian or Gauss-Newton matrix H of a perceptron; made by ``A.cores()``.
+
+    H is the block of the operator's parameters. Nothing is kept between calls; memory is bounded,
+    for samples are taken in chunks.
+
+    Args:
+        points: the linearizations.
+        subset: the parameters among those of the network.
+        ggn: of the Gauss-Newton matrix.
+
+    Raises:
+        NotImplementedError: the model, the loss or the data are not those of a perceptron, a
+            parameter tensor is chosen in part, or the data are spread over processes.
+    """
+
+    def __init__(self, points: Points, subset: Subset, ggn: bool) -> None:
+        problem = points.problem
+        if not isinstance(problem, MLPProblem):
+            raise NotImplementedError(
+                f"per-sample cores are those of multilayer perceptrons ({problem.text})"
+            )
+        if points.group is not None:
+            raise NotImplementedError("per-sample cores are not shared between processes")
+        self._points, self._subset, self._ggn = points, subset, ggn
+        self._spec: MLPSpec = problem.spec
+        ends = list(itertools.accumulate(self._spec.numels, initial=0))
+        self._chosen = [subset.holds(a, b) for a, b in itertools.pairwise(ends)]
+
+    def trace(self) -> Tensor:
+        """tr H, 0-dim.
+
+        Raises:
+            RuntimeError: parameters or data were changed since the operator was made.
+            MemoryError: the scratch memory of a few samples is not available.
+        """
+        return self.sample_traces().double().sum().to(self._points.problem.dtype)
+
+    def sample_traces(self) -> Tensor:
+        """The trace of each sample's part of H, (N,), in the order of the data; their sum is tr H.
+
+        Raises:
+            RuntimeError, MemoryError: as :meth:`trace`.
+        """
+        points, ggn, chosen = self._points, self._ggn, self._chosen
+        parts = self._over_batches(lambda c, s: c * s.sample_traces(ggn, chosen), "traces")
+        if points.skipped:  # batches of which no sample counts
+            found, parts = iter(parts), []
+            for c, batch in zip(points._coefficients, points.batches, strict=True):
+                empty = torch.zeros(batch_size(batch), dtype=points.problem.dtype)
+                parts.append(next(found) if c > 0 else empty.to(points.problem.device))
+        return torch.cat(parts)
+
+    def diagonal(self) -> Tensor:
+        """diag H, (P,), in the order of the operator's parameters.
+
+        Raises:
+            RuntimeError, MemoryError: as :meth:`trace`.
+        """
+        total: Tensor | None = None
+        for part in self._over_batches(lambda c, s: c * s.diagonal(self._ggn), "diagonal"):
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return self._subset.restrict(total.unsqueeze(0))[0]
+
+    def frobenius_sq(self) -> Tensor:
+        """tr H^2 = ||H||_F^2, 0-dim; the work grows with the square of the number of samples.
+
+        Raises:
+            RuntimeError, MemoryError: as :meth:`trace`.
+        """
+        points, total = self._points, 0.0
+        points.check_current()
+        with points.running():
+            for index, (c, state) in enumerate(points.states("tr H^2")):
+                total += c * c * state.inner_product(state, self._ggn, self._chosen)
+                others = itertools.islice(points.states("tr H^2"), index)
+                for c_other, other in others:
+                    value = state.inner_product(other, self._ggn, self._chosen)
+                    total += 2 * c * c_other * value
+        return torch.tensor(total, dtype=points.problem.dtype, device=points.problem.device)
+
+    def cost(self) -> CoreCost:
+        """What the values take, in multiply-adds.
+
+        Counts the matrix products: for N samples and widths D, sum_l D[l]^2 D[l+1] N and more for
+        the cores; for tr H^2 the pairs of samples times the entries of the cores.
+        """
+        num_samples = sum(batch_size(batch) for batch in self._points.batches)
+        per_core, per_pair = _counts(self._spec, self._ggn)
+        layers = list(itertools.pairwise(self._spec.sizes))
+        per_sample = 6 * sum(a * b for a, b in layers) - 4 * layers[0][0] * layers[0][1]
+        pairs = num_samples * (num_samples + 1) / 2
+        return CoreCost(
+            num_samples * per_core[0],
+            num_samples * per_core[1] + pairs * per_pair,
+            float(num_samples * per_sample),
+        )
+
+    def _over_batches(self, value: Callable[[float, State], Tensor], what: str) -> list[Tensor]:
+        """The values of all batches that count."""
+        points = self._points
+        points.check_current()
+        with points.running():
+            return [value(c, state) for c, state in points.states(what)]
+
+
+def _counts(spec: MLPSpec, ggn: bool) -> tuple[tuple[float, float], float]:
+    """Multiply-adds per sample (for B_l alone; for all blocks) and per pair of samples."""
+    D, L = spec.sizes, spec.num_layers
+    own = far = pair = 0.0
+    for k in range(1, L + 1):
+        pair += D[k - 1] + D[k] * (D[k] + 1) / 2
+        if k < L:
+            own += D[k] * D[k + 1] * (D[k + 1] + (D[k] if k > 1 else 1))
+            far += D[1] ** 2 * D[2] / 2 if k == 1 else 0
+        for m in range(k + 1, L + 1):
+            pair += D[k] * D[m]
+            far += D[k] * D[k + 1] * D[m] if m > k + 1 else 0
+            if ggn:
+                continue
+            pair += 2 * D[k] * D[m] if m == k + 1 else D[k] * (2 * D[m] + 3 * D[m - 1])
+            far += D[k] * D[k + 1] * D[m - 1] if m > k + 2 else 0
+    return (own, own + far), pair if ggn else pair + sum(D[2:])

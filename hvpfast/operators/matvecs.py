@@ -1,0 +1,152 @@
+"""What an algorithm asks of a symmetric operator A (P, P): products with rows, counted and checked.
+
+A is anything with ``.shape`` and ``@`` on columns: operators of this library, a torch tensor, a
+curvlinops operator, a NumPy array, a SciPy LinearOperator.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.operators.base import LinearOperator
+from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
+
+__all__ = ["NonFiniteProductError", "Products"]
+
+_SMALL = 2**26  # bytes that are not worth a look at free memory
+
+
+class NonFiniteProductError(FloatingPointError):
+    """A product with the operator holds NaN or infinity."""
+
+
+class Products:
+    """Products with a symmetric operator: rows in, rows out, as torch tensors.
+
+    Args:
+        operator: has ``.shape == (P, P)`` and ``@`` with columns (P, K), of torch or of NumPy.
+
+    Attributes:
+        operator: what was given.
+        size: P.
+        dtype, device: of the rows; float64 on the CPU where the operator does not tell.
+        num_matvecs: products with one vector so far; a quadratic form counts as one.
+
+    Raises:
+        TypeError: no ``.shape`` or no ``@``, or a dtype that is not real floating point.
+        ValueError: not square.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        shape = getattr(operator, "shape", None)
+        if shape is None or not hasattr(operator, "__matmul__"):
+            raise TypeError(
+                "the operator needs .shape and @, as those of this library, of torch and of SciPy "
+                f"have; got {type(operator).__name__}"
+            )
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
+            raise ValueError(f"the operator must be square (P, P); got {tuple(shape)}")
+        self.operator, self.size, self.num_matvecs = operator, int(shape[0]), 0
+        dtype = getattr(operator, "dtype", None)
+        self._numpy = not isinstance(dtype, torch.dtype) and (
+            dtype is not None or hasattr(operator, "matvec")
+        )
+        if self._numpy:
+            dtype = torch.from_numpy(np.empty(0, dtype or np.float64)).dtype
+        self.dtype: torch.dtype = dtype or torch.float64
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"the operator must be real floating point; got {self.dtype}")
+        self.device = torch.device("cpu" if self._numpy else getattr(operator, "device", "cpu"))
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """A v_k (K, P) for rows v_k (K, P) of any floating-point dtype; ``self.dtype`` returned.
+
+        Raises:
+            NonFiniteProductError: a product holds NaN or infinity.
+        """
+        if rows.dtype != self.dtype or rows.device != self.device:
+            rows = rows.to(self.device, self.dtype)
+        columns = rows.T
+        if isinstance(self.operator, LinearOperator):
+            out = self.operator @ columns
+        elif self._numpy:
+            out = torch.from_numpy(np.ascontiguousarray(self.operator @ columns.numpy()))
+        else:
+            out = self.operator @ columns
+        out = out.detach().to(self.device, self.dtype).T
+        return self._checked(out)
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        """v_k' A v_k (K,) for rows v_k (K, P), at half the work where the operator can.
+
+        Raises:
+            NonFiniteProductError: a value is NaN or infinite.
+        """
+        form = getattr(self.operator, "quadratic_form", None)
+        if form is None:
+            forms: Tensor = torch.linalg.vecdot(rows.to(self.device, self.dtype), self.rows(rows))
+            return forms
+        return self._checked(form(rows.to(self.device, self.dtype).T))
+
+    def _checked(self, out: Tensor) -> Tensor:
+        first, self.num_matvecs = self.num_matvecs, self.num_matvecs + out.shape[0]
+        # a sum is finite unless an entry is not, or it overflows: then look at every entry
+        if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
+            wrong = ~torch.isfinite(out)
+            index = wrong.nonzero()[0].tolist()
+            where = f", at entry {index[1]} of {self.size}" if out.dim() == 2 else ""
+            raise NonFiniteProductError(
+                f"product {first + index[0]} with the operator holds NaN or infinity{where} "
+                f"({int(wrong.sum())} entries in {out.shape[0]} products): look at the parameters "
+                "and the data of the operator"
+            )
+        return out
+
+    def agreed(self, number: int) -> int:
+        """The number that all processes with a part of the operator go on with: their least."""
+        operator = self.operator
+        return operator._agreed(number) if isinstance(operator, LinearOperator) else number
+
+    def chunk(self, copies: int = 4) -> int:
+        """Rows that may be in work at once, where ``copies`` arrays of them are alive."""
+        share = WORK_SHARE * self.agreed(available_bytes(self.device, max_age=1.0))
+        return max(1, int(share / (copies * self.size * self.dtype.itemsize)))
+
+    def check_room(self, count: int, copies: int, what: str) -> None:
+        """Raise MemoryError where ``copies`` arrays of ``count`` rows cannot be held."""
+        size = count * copies * self.size * self.dtype.itemsize
+        if size <= _SMALL:
+            return
+        free = self.agreed(available_bytes(self.device))
+        if size > free:
+            fits = free // (copies * self.size * self.dtype.itemsize)
+            raise MemoryError(
+                f"{what}: {count} vectors of {self.size:,} {self.dtype} entries, {copies} times, "
+                f"take {bytes_text(size)}, and {bytes_text(free)} are available; {fits} fit"
+            )
+
+    def check_symmetric(self, seed: int = 0) -> None:
+        """Raise ValueError where u'(Av) and v'(Au) differ for two random vectors.
+
+        Costs two products; none for operators that are known to be self-adjoint. An asymmetric A
+        passes with probability zero up to rounding: the difference is u'(A - A')v.
+        """
+        if getattr(self.operator, "self_adjoint", False):
+            return
+        u, v = probe_rows(ProbeSource(2, "normal", seed), self.size, self.dtype, self.device)
+        products = self.rows(torch.stack((u, v))).double()
+        left, right = float(u.double() @ products[1]), float(v.double() @ products[0])
+        scale = float(products.norm(dim=1).max()) * float(torch.stack((u, v)).norm(dim=1).max())
+        bound = 100 * torch.finfo(self.dtype).eps * scale
+        if abs(left - right) > bound:
+            raise ValueError(
+                f"the operator is not symmetric: u'(Av) = {left:.6g} and v'(Au) = {right:.6g} for "
+                f"random u, v (rounding explains {bound:.1g}). Use (A + A.T) / 2, or an operator "
+                "that is symmetric"
+            )

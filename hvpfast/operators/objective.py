@@ -1,0 +1,216 @@
+"""What an operator linearizes: a model with a loss, as an MLP of the backends or as a function.
+
+Both kinds have ``tensors``, whose concatenation is the flat vector (F,) of their products;
+``update()``, which takes the values of the parameters; and ``linearize(batch)`` at these values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast import backends
+from hvpfast.backends.reference import state as reference
+from hvpfast.functional import linearize
+from hvpfast.mlp.checks import check_deterministic_modules, warn_slow
+from hvpfast.mlp.module import NotAnMLPError, params_of
+from hvpfast.mlp.recognised import plan_of
+from hvpfast.mlp.spec import MLPSpec
+from hvpfast.operators.parameters import Entry
+from hvpfast.operators.reduction import Batch, BatchWeight
+
+__all__ = ["FunctionProblem", "MLPProblem", "Watch", "problem_for", "spec_for"]
+
+
+class Watch:
+    """Notices that tensors were changed in place, or that their storage was replaced."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [t for t in tensors if not t.is_inference()]  # these have no counter
+        self._mark = self._marks()
+
+    def _marks(self) -> tuple[int, list[int]]:
+        # counters only grow: a change of any changes the sum
+        tensors = self._tensors
+        return sum(map(_version, tensors)), [t.data_ptr() for t in tensors]
+
+    def changed(self) -> bool:
+        """Whether a tensor changed (what is done through ``.data`` in place cannot be seen)."""
+        return self._marks() != self._mark
+
+
+_version = operator.attrgetter("_version")
+
+
+class MLPProblem:
+    """A multilayer perceptron with a loss that the backends know."""
+
+    def __init__(
+        self, model: nn.Module, spec: MLPSpec, backend: str, dtype: torch.dtype | None
+    ) -> None:
+        own = params_of(model)
+        self._own, self._flat = ([own], True) if isinstance(own, Tensor) else (own, False)
+        self.spec, self._backend = spec, backend
+        self.tensors: Sequence[Tensor] = self._own
+        self.dtype = dtype or self._own[0].dtype
+        self.device = self._own[0].device
+        self.backend = backend
+        self.text = ""  # that of the first linearization
+        self.update()
+
+    def update(self) -> None:
+        """Take the present values of the parameters (without a copy where the dtype is theirs)."""
+        self._params = [t.detach().to(self.dtype) for t in self._own]
+
+    def linearize(self, batch: Batch) -> backends.State:
+        """The state of one batch."""
+        params = self._params[0] if self._flat else self._params
+        lin = linearize.linearize(
+            self.spec, params, batch.x, batch.y, backend=self._backend, order=2
+        )
+        if not self.text:
+            self.backend, self.text = lin.backend, lin.explain()
+        return lin.state
+
+    def watched(self) -> list[Tensor]:
+        """Tensors whose change ends the validity of the states."""
+        return list(self._own)
+
+    def check_modes(self) -> None:
+        """Nothing: the states do not run the modules."""
+
+
+class FunctionProblem:
+    """Any model with any loss, evaluated by ``torch.func`` on the reference backend."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        weight: BatchWeight,
+        dtype: torch.dtype | None,
+        reason: str,
+    ) -> None:
+        self._model, self._loss_fn, self._weight = model, loss_fn, weight
+        self._reason = reason
+        self.tensors, self._convert_to = tensors, dtype
+        self.dtype = dtype or tensors[0].dtype
+        self.device = tensors[0].device
+        for t in tensors if dtype is None else ():
+            if (t.dtype, t.device) != (self.dtype, self.device):
+                raise TypeError(
+                    "the chosen parameters must have one dtype and device; got "
+                    f"{self.dtype} on {self.device} and {t.dtype} on {t.device}: choose others, or "
+                    "pass dtype="
+                )
+        self.backend, self.text = reference.NAME, f"backend: {reference.NAME}, because {reason}"
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._names = [names[id(t)] for t in tensors]
+        self._shapes = [t.shape for t in tensors]
+        self._numels = [t.numel() for t in tensors]
+        self.update()
+
+    def update(self) -> None:
+        """Take the present values of the parameters and buffers."""
+        self._flat = torch.cat([self._cast(t).reshape(-1) for t in self.tensors])
+        chosen = set(self._names)
+        others = [(n, p) for n, p in self._model.named_parameters() if n not in chosen]
+        self._constants = {name: self._cast(p) for name, p in others}
+        self._buffers = {name: self._cast(b) for name, b in self._model.named_buffers()}
+
+    def narrowed(self, tensors: Sequence[Tensor]) -> FunctionProblem:
+        """The same function of fewer parameters; the others are constants."""
+        rest = self._weight, self._convert_to, self._reason
+        return FunctionProblem(self._model, self._loss_fn, tensors, *rest)
+
+    def linearize(self, batch: Batch) -> reference.ReferenceState:
+        """The state of one batch."""
+
+        def outputs(params: tuple[Tensor, ...]) -> Any:
+            pieces = torch.split(params[0], self._numels)
+            values = [piece.view(s) for piece, s in zip(pieces, self._shapes, strict=True)]
+            own = dict(zip(self._names, values, strict=True))
+            # copies: a forward pass may write to buffers, and the model's stay as they are
+            buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+            everything = {**self._constants, **buffers, **own}
+            return torch.func.functional_call(self._model, everything, (batch.x,))
+
+        def loss(outputs: Any) -> Tensor:
+            value: Tensor = self._loss_fn(outputs, batch.y)
+            return value
+
+        state = reference.linearize_function(
+            outputs, loss, (self._flat,), normalizer=self._weight(batch)
+        )
+        if not bool(torch.isfinite(state.loss)):
+            raise ValueError(
+                f"the loss is {float(state.loss)}: look for NaN or inf in the parameters and the "
+                "data, or for an overflow in the model"
+            )
+        return state
+
+    def watched(self) -> list[Tensor]:
+        """Tensors whose change ends the validity of the states."""
+        return [*self._model.parameters(), *self._model.buffers()]
+
+    def check_modes(self) -> None:
+        """Raise ValueError where a module was put into a train mode that has no one Hessian."""
+        check_deterministic_modules(self._model)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self._convert_to if tensor.is_floating_point() else None)
+
+
+def problem_for(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    entries: Sequence[Entry],
+    weight: BatchWeight,
+    batch: Batch | None,
+    backend: str,
+    dtype: torch.dtype | None,
+) -> MLPProblem | FunctionProblem:
+    """The model as an MLP where it, the loss and the data are that; else as a function.
+
+    ``batch`` is one of the data, None where there are none.
+
+    Raises:
+        RuntimeError: the named backend cannot run this; the message says why.
+    """
+    try:
+        return MLPProblem(model, spec_for(model, loss_fn, batch), backend, dtype)
+    except NotAnMLPError as error:
+        reason = str(error)
+    owners = list({id(entry.owner): entry.owner for entry in entries}.values())
+    problem = FunctionProblem(model, loss_fn, owners, weight, dtype, reason)
+    try:
+        backends.choose(backend, None, problem.device, problem.dtype)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"backend {backend!r} cannot run this, which is not an MLP: {reason}. "
+            "Pass backend='auto' or 'reference'"
+        ) from error
+    if backend == "auto":
+        warn_slow(model, reason, stacklevel=4)
+    return problem
+
+
+def spec_for(model: nn.Module, loss_fn: Callable[..., Any], batch: Batch | None) -> MLPSpec:
+    """The specification, if the data are those of an MLP too; else NotAnMLPError."""
+    spec = plan_of(model, loss_fn).spec
+    if batch is None:
+        return spec
+    x, y = batch
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise NotAnMLPError(f"the data are not tensors but {type(x).__name__}, {type(y).__name__}")
+    if spec.loss == "cross_entropy" and y.is_floating_point():
+        raise NotAnMLPError("the targets are class probabilities, not class indices")
+    flattens = any(isinstance(module, nn.Flatten) for module in model.modules())
+    if x.dim() > 2 and x.shape[-1] == spec.sizes[0] and not flattens:
+        raise NotAnMLPError(f"x is {tuple(x.shape)}: the layers act on its last dimension")
+    return spec

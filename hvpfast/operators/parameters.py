@@ -1,0 +1,209 @@
+"""The tensors that make up a flat vector of parameters: choosing, flattening, splitting them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast.mlp.module import MLP
+from hvpfast.mlp.spec import layer_shapes
+
+__all__ = ["Entry", "Layout", "Subset", "layers_of", "matching", "select"]
+
+
+class Entry(NamedTuple):
+    """A named piece of a parameter: entries ``offset`` onwards of the tensor ``owner``."""
+
+    name: str
+    shape: tuple[int, ...]
+    owner: Tensor
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors that make up a flat vector (P,), in order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of entries of each tensor; P is their sum."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    def rows_of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+        """Rows (K, P) of tensors shaped like the parameters, and whether they had a trailing K.
+
+        Raises:
+            TypeError: an entry is not a tensor, or differs in dtype or device from the first.
+            ValueError: the number of tensors or a shape does not fit.
+        """
+        if len(tensors) != len(self.names):
+            raise ValueError(
+                f"expected {len(self.names)} tensors, for {', '.join(self.names)}; "
+                f"got {len(tensors)}"
+            )
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"the entry for {name} must be a tensor; got {type(tensor)}")
+            if (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+                raise TypeError(
+                    f"all entries must have one dtype and device; {self.names[0]} has "
+                    f"{tensors[0].dtype} on {tensors[0].device}, {name} has {tensor.dtype} on "
+                    f"{tensor.device}"
+                )
+        stacked = tensors[0].dim() == len(self.shapes[0]) + 1
+        count = tensors[0].shape[-1] if stacked else 1
+        rows = []
+        for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
+            wanted = (*shape, count) if stacked else shape
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"the entry for {name} must have the shape {wanted}; got "
+                    f"{tuple(tensor.shape)}. Entries are shaped like their parameters, or all "
+                    "have one more dimension at the end, for K tangents"
+                )
+            rows.append(tensor.detach().reshape(prod(shape), count).T)
+        return torch.cat(rows, dim=1), stacked
+
+    def split(self, rows: Tensor, stacked: bool) -> list[Tensor]:
+        """Tensors shaped like the parameters, with a trailing K if ``stacked``, of rows (K, P)."""
+        pieces = torch.split(rows, list(self.numels), dim=1)
+        if stacked:
+            count = rows.shape[0]
+            return [p.T.reshape(*s, count) for s, p in zip(self.shapes, pieces, strict=True)]
+        return [piece[0].reshape(s) for s, piece in zip(self.shapes, pieces, strict=True)]
+
+
+class Subset:
+    """P coordinates of a longer flat vector (F,): those of entries, in the order of the entries."""
+
+    def __init__(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
+        starts: dict[int, int] = {}
+        self._full = 0
+        for tensor in tensors:
+            starts[id(tensor)] = self._full
+            self._full += tensor.numel()
+        self._runs: list[tuple[int, int]] = []  # [start, stop) in (F,), neighbours joined
+        for entry in entries:
+            start = starts[id(entry.owner)] + entry.offset
+            stop = start + prod(entry.shape)
+            if self._runs and self._runs[-1][1] == start:
+                start = self._runs.pop()[0]
+            self._runs.append((start, stop))
+        self.whole = self._runs == [(0, self._full)]
+
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether the entries from ``start`` to ``stop`` of (F,) are all among them."""
+        return any(a <= start and stop <= b for a, b in self._runs)
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows (K, F) with zeros elsewhere, from rows (K, P)."""
+        if self.whole:
+            return rows
+        full, done = rows.new_zeros(rows.shape[0], self._full), 0
+        for start, stop in self._runs:
+            full[:, start:stop] = rows[:, done : done + stop - start]
+            done += stop - start
+        return full
+
+    def restrict(self, rows: Tensor) -> Tensor:
+        """Rows (K, P) of rows (K, F)."""
+        if self.whole:
+            return rows
+        return torch.cat([rows[:, start:stop] for start, stop in self._runs], dim=1)
+
+
+def layers_of(model: nn.Module) -> list[Entry]:
+    """One entry per weight and bias, those of an :class:`MLP` being pieces of its flat tensor."""
+    if type(model) is not MLP:
+        return _parameters_of(model)
+    entries, offset, kinds = [], 0, ("weight", "bias") if model.bias else ("weight",)
+    for index, shape in enumerate(layer_shapes(model.sizes, model.bias)):
+        name = f"{index // len(kinds)}.{kinds[index % len(kinds)]}"
+        entries.append(Entry(name, shape, model.flat, offset))
+        offset += prod(shape)
+    return entries
+
+
+def _parameters_of(model: nn.Module) -> list[Entry]:
+    return [Entry(name, tuple(p.shape), p, 0) for name, p in model.named_parameters()]
+
+
+def matching(entries: Iterable[Entry], patterns: str | Iterable[str]) -> list[Entry]:
+    """The entries whose names match one of the glob patterns, in order.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    known = list(entries)
+    found: dict[str, Entry] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [e.name for e in known if fnmatch.fnmatchcase(e.name, pattern)]
+        if not names:
+            raise ValueError(
+                f"no parameter matches {pattern!r}; there are {', '.join(e.name for e in known)}"
+            )
+        found.update((e.name, e) for e in known if e.name in names)
+    return list(found.values())
+
+
+def select(model: nn.Module, params: Any) -> list[Entry]:
+    """The entries that ``params`` names: see :class:`hvpfast.HessianOperator`.
+
+    Raises:
+        TypeError: ``params`` is of another kind.
+        ValueError: no parameter, one that is not the model's own, or one given twice.
+    """
+    own = _parameters_of(model)
+    if params is None:
+        chosen = [entry for entry in own if entry.owner.requires_grad]
+        if not chosen:
+            raise ValueError("no parameter of the model requires gradients; name some in params=")
+        return chosen
+    if isinstance(params, Tensor) or not isinstance(params, (str, Iterable)):
+        raise TypeError(
+            "params must be None, a dict name -> parameter, a list of parameters, or name "
+            f"patterns such as '0.*'; got {type(params).__name__}"
+        )
+    given = (
+        [params]
+        if isinstance(params, str)
+        else list(params.items() if isinstance(params, Mapping) else params)
+    )
+    if not given:
+        raise ValueError("params is empty: name at least one parameter, or pass None for all")
+    if all(isinstance(item, str) for item in given):
+        layers = layers_of(model)
+        whole = [e for e in own if e.name in given and e.name not in {la.name for la in layers}]
+        chosen = matching([*layers, *whole], given)  # the flat tensor of an MLP by its name only
+        if whole and len(chosen) > len(whole):
+            raise ValueError(f"params names parts of {whole[0].name} beside {whole[0].name} itself")
+        return chosen
+    chosen = [_own_entry(own, item, index) for index, item in enumerate(given)]
+    if len({id(entry.owner) for entry in chosen}) < len(chosen):
+        names = [entry.name for entry in chosen]
+        raise ValueError(f"params names a parameter twice: {', '.join(names)}")
+    return chosen
+
+
+def _own_entry(own: Sequence[Entry], item: Any, index: int) -> Entry:
+    name, tensor = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"entry {index} of params must be a parameter; got {type(tensor).__name__}")
+    for entry in own:
+        if entry.owner is tensor and name in (None, entry.name):
+            return entry
+    what = f"entry {index} of params" if name is None else f"params[{name!r}]"
+    raise ValueError(
+        f"{what}, of shape {tuple(tensor.shape)}, is not a parameter of the model (the very "
+        "object, under its own name); pass parameters from model.named_parameters(), or their "
+        f"names: {', '.join(entry.name for entry in own)}"
+    )

@@ -1,0 +1,130 @@
+"""The files that the original experiment leaves: its results as a pickle, its report, weights.
+
+FA_regularization_results.pkl holds dictionaries, lists, strings, numbers and NumPy arrays only:
+
+    config          the configuration
+    lambda_values   [lambda]
+    results         {lambda: {"seeds": (S,), "history": {column: (S, epochs + 1)},
+                              "final": {column: (S,)}, "weights": {name: array}}}
+    landscapes      [{lambda: {"x": (X,), "y": (X,), "losses": (X, X), "center_loss": number}}]
+    findings        the named numbers of the report
+
+Seeds whose training diverged have NaN. Weights are those of the first seed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import nn
+
+import hvpfast as hf
+from hvpfast.lab.report.compare import facts, table
+from hvpfast.lab.runs.folder import Row, RunFolder, StudyError, write_whole
+from hvpfast.studies.flatness.findings import findings, grids
+from hvpfast.studies.flatness.report import report
+from hvpfast.utils.files import npz_bytes
+
+RESULTS = "FA_regularization_results.pkl"
+REPORT = "experiment_report.md"
+FILED = ("arm", "lambda", "seed", "test_right")
+"""Columns of final rows that are no measures."""
+
+
+def weights_path(folder: Path, arm: str) -> Path:
+    """Return where the weights of the first seed's network lie."""
+    return folder / "weights" / f"lambda-{arm}.npz"
+
+
+def keep_weights(folder: Path, arm: str, model: nn.Module) -> None:
+    """Write the parameters of a trained network, by name."""
+    if isinstance(model, hf.MLP):
+        named = zip(hf.spec_of(model, F.cross_entropy).names, model.weights, strict=True)
+    else:
+        named = model.named_parameters()  # type: ignore[assignment]
+    arrays = {name: tensor.detach().numpy() for name, tensor in named}
+    write_whole(weights_path(folder, arm), npz_bytes(arrays))
+
+
+def artefacts(folder: Path, records: list[Row]) -> None:
+    """Write the pickle and the report into the run folder."""
+    found = findings(records, RunFolder(folder).timings())
+    rows = table(records, "final")
+    results = {arm: arm_results(folder, records, rows, arm) for arm in found["arms"]}
+    planes = dict.fromkeys(row["plane"] for row in found["landscape"])
+    content = {
+        "config": found["config"],
+        "lambda_values": [found["by_arm"][arm]["lambda"] for arm in found["arms"]],
+        "results": {found["by_arm"][arm]["lambda"]: results[arm] for arm in found["arms"]},
+        "landscapes": [plane_results(records, found, plane) for plane in planes],
+        "findings": found,
+    }
+    write_whole(folder / RESULTS, pickle.dumps(content, protocol=4))
+    write_whole(folder / REPORT, report(found))
+
+
+def arm_results(
+    folder: Path, records: list[Row], finals: Sequence[dict[str, Any]], arm: str
+) -> dict[str, Any]:
+    """Return the results of one lambda."""
+    rows = [row for row in finals if row["arm"] == arm]
+    columns = {k: None for row in rows for k in facts(row) if k not in FILED}
+    first = rows[0]
+    return {
+        "seeds": np.array([row["seed"] for row in rows]),
+        "history": history(records, rows, arm),
+        "final": {k: np.array([numeric(row.get(k)) for row in rows]) for k in columns},
+        "weights": {} if first["diverged"] else read_weights(folder, arm),
+    }
+
+
+def history(
+    records: list[Row], finals: Sequence[dict[str, Any]], arm: str
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the curves of one lambda by column, (S, epochs + 1)."""
+    curves = [table(records, "epoch", arm=arm, seed=row["seed"]) for row in finals]
+    longest = max(len(curve) for curve in curves)
+    names = {k: None for curve in curves for row in curve for k in facts(row) if k not in FILED}
+    found = {name: np.full((len(curves), longest), np.nan) for name in names}
+    for i, curve in enumerate(curves):
+        for j, row in enumerate(curve):
+            for name in names:
+                found[name][i, j] = numeric(row.get(name))
+    return found
+
+
+def numeric(value: Any) -> float:
+    """Return a number of a row; NaN for none."""
+    return float("nan") if value is None else float(value)
+
+
+def read_weights(folder: Path, arm: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the weights that `keep_weights` wrote."""
+    path = weights_path(folder, arm)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({error}). Delete the cells/lambda-{arm}-seed-*.jsonl of the "
+            "first seed and resume: they are made again with it"
+        ) from error
+
+
+def plane_results(records: list[Row], found: dict[str, Any], plane: int) -> dict[float, Any]:
+    """Return the landscapes of one plane by lambda."""
+    centres = {r["arm"]: r["loss"] for r in found["landscape"] if r["plane"] == plane}
+    return {
+        found["by_arm"][arm]["lambda"]: {
+            "x": grid["x"],
+            "y": grid["x"],
+            "losses": grid["losses"],
+            "center_loss": centres[arm],
+        }
+        for arm, grid in grids(records, plane).items()
+    }

@@ -1,0 +1,328 @@
+"""From the records of the flatness study to named numbers: functions of the records alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pvariance
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from hvpfast.lab.report.compare import (
+    LEVEL,
+    by_seed,
+    compare,
+    facts,
+    holm_correct,
+    known,
+    summary,
+    table,
+)
+from hvpfast.lab.runs.folder import Row
+from hvpfast.studies.flatness.measure import rights
+from hvpfast.studies.flatness.timing import METHODS
+
+BASELINE = "0"
+MEASURES = {
+    "test_accuracy": "test accuracy (primary)",
+    "test_loss": "test loss",
+    "val_accuracy": "held-out accuracy",
+    "train_accuracy": "train accuracy",
+    "train_loss": "train loss",
+    "gap": "test loss - train loss",
+    "hessian_fro2": "Tr(H²), exact",
+    "hessian_fro2_probes": "Tr(H²), fresh probes",
+    "held_out_fro2": "Tr(H²), exact, held-out samples",
+    "part_fro2": "Tr(H²), exact, as many train samples",
+    "part_ggn_fro2": "Tr(G²), Gauss-Newton, the same samples",
+    "hessian_trace": "Tr H, exact",
+    "filter_curvature": "mean d'Hd, filter-normalised d",
+    "flatness_same": "Tr(H²)/B, last epoch, the step's own probes",
+    "flatness_fresh": "Tr(H²)/B, last epoch, fresh probes",
+    "flatness_unseen": "Tr(H²)/B, held-out batches",
+    "params_norm": "‖parameters‖",
+    "first_norm": "‖first weight‖",
+    "best_accuracy": "best held-out accuracy",
+    "late_accuracy": "held-out accuracy, late epochs",
+    "late_accuracy_variance": "variance of the held-out accuracy, late epochs",
+    "late_loss_variance": "variance of the held-out loss, late epochs",
+    "late_train_variance": "variance of the training loss, late epochs",
+    "epochs_to_target": "epochs to the target",
+}
+"""The test accuracy was chosen beforehand to answer the question; the rest describes."""
+RATIOS = (
+    "hessian_fro2", "hessian_fro2_probes", "held_out_fro2", "part_fro2", "part_ggn_fro2",
+    "hessian_trace", "filter_curvature", "flatness_same", "flatness_fresh", "flatness_unseen",
+    "params_norm", "first_norm", "late_accuracy_variance", "late_loss_variance",
+    "late_train_variance",
+)  # fmt: skip
+"""Positive quantities, compared as ratios."""
+LATE = 10
+"""Epochs at the end of a training over which stability is measured."""
+TARGET = 0.9
+"""Share of the baseline's best held-out accuracy, seed by seed, that convergence is timed to."""
+SMALL = 0.01
+"""The largest lambda that the registered predictions call small."""
+
+
+def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
+    """Return every number of the report, named."""
+    finals = with_curves(records)
+    arms = list(dict.fromkeys(row["arm"] for row in finals))
+    measures = [*MEASURES, *(name for name in own_metrics(finals))]
+    comparison = {m: compared(finals, arms, m) for m in measures}
+    found: dict[str, Any] = {
+        "config": facts(table(records, "config")[0]),
+        **{name: facts(table(records, name)[0]) for name in ("data", "constant", "linear")},
+        "level": LEVEL,
+        "arms": arms,
+        "num_params": finals[0]["num_params"],
+        "num_seeds": len({row["seed"] for row in finals}),
+        "by_arm": {arm: arm_findings(finals, arm, measures) for arm in arms},
+        "comparison": comparison,
+        "flat": flat_measure(finals),
+        "own_metrics": own_metrics(finals),
+        "mcnemar": mcnemar(records, finals, arms),
+        "agreement": [facts(row) for row in table(records, "agreement")],
+        "cost": cost(records, timings),
+        "landscape": landscape(records),
+    }
+    found["chosen"] = chosen(found)
+    return found | {"predictions": predictions(found)}
+
+
+def own_metrics(finals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of the user's own metrics."""
+    return list(dict.fromkeys(k for row in finals for k in row if k.startswith("metric_")))
+
+
+def flat_measure(finals: Sequence[Mapping[str, Any]]) -> str:
+    """Return the column that says how flat a network is: exact where it exists."""
+    exact = any(known(row, "hessian_fro2") for row in finals)
+    return "hessian_fro2" if exact else "hessian_fro2_probes"
+
+
+def with_curves(records: list[Row]) -> list[dict[str, Any]]:
+    """Return the final rows with what their curves say: best, late and how soon."""
+    finals = [dict(row) for row in table(records, "final")]
+    curves = {
+        (row["arm"], row["seed"]): table(records, "epoch", arm=row["arm"], seed=row["seed"])
+        for row in finals
+        if not row["diverged"]
+    }
+    for row in finals:
+        curve = curves.get((row["arm"], row["seed"]))
+        if curve is None:
+            continue
+        after, late = curve[1:], curve[1:][-LATE:]
+        row["best_accuracy"] = max(point["accuracy"] for point in after)
+        row["late_accuracy"] = fmean(point["accuracy"] for point in late)
+        for name, column in (("accuracy", "accuracy"), ("loss", "loss"), ("train", "train_ce")):
+            row[f"late_{name}_variance"] = pvariance([point[column] for point in late])
+        row["undone"] = after[-1]["train_ce"] > curve[0]["train_ce"]
+        row["last_ce"], row["last_penalty"] = after[-1]["train_ce"], after[-1]["train_penalty"]
+        base = curves.get((BASELINE, row["seed"]))
+        if base is not None:
+            target = TARGET * max(point["accuracy"] for point in base[1:])
+            reached = [point["epoch"] for point in after if point["accuracy"] >= target]
+            row["epochs_to_target"] = reached[0] if reached else None
+    return finals
+
+
+def compared(
+    finals: Sequence[Mapping[str, Any]], arms: Sequence[str], measure: str
+) -> dict[str, dict[str, Any]]:
+    """Compare every lambda with the baseline, paired by seed, with Holm's correction over them."""
+    found = {}
+    for arm in arms:
+        if arm != BASELINE:
+            pair = by_seed(finals, measure, (BASELINE, arm))
+            found[arm] = compare(pair[BASELINE], pair[arm], ratio=measure in RATIOS)
+    return holm_correct(found)
+
+
+def arm_findings(
+    finals: Sequence[Mapping[str, Any]], arm: str, measures: Sequence[str]
+) -> dict[str, Any]:
+    """Return mean and spread over the seeds of one lambda's measures."""
+    rows = [row for row in finals if row["arm"] == arm]
+    shares = [
+        row["lambda"] * row["last_penalty"] / row["last_ce"]
+        for row in rows
+        if row.get("last_penalty") is not None
+    ]
+    return {
+        "lambda": rows[0]["lambda"],
+        "num_diverged": sum(row["diverged"] for row in rows),
+        "num_undone": sum(row.get("undone", False) for row in rows),
+        "num_reached": sum(known(row, "epochs_to_target") for row in rows),
+        "penalty_share": fmean(shares) if shares else None,
+        "last_ce": summary([row.get("last_ce") for row in rows]),
+        **{measure: summary([row.get(measure) for row in rows]) for measure in measures},
+    }
+
+
+def chosen(found: Mapping[str, Any]) -> str | None:
+    """Return the lambda with the best mean held-out accuracy, the smallest of equals."""
+    means = {arm: found["by_arm"][arm]["val_accuracy"]["mean"] for arm in found["arms"]}
+    there = {arm: mean for arm, mean in means.items() if mean is not None}
+    return max(there, key=lambda arm: there[arm]) if there else None
+
+
+def mcnemar(
+    records: list[Row], finals: Sequence[Mapping[str, Any]], arms: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return, for the first seed, on how many test samples a lambda and the baseline disagree.
+
+    ``p`` is McNemar's, exact: of as uneven a split of the samples that one of them gets right.
+    """
+    num = table(records, "data")[0]["num_test"]
+    first = [dict(row) for row in finals if row["seed"] == finals[0]["seed"]]
+    right = {row["arm"]: rights(row, num) for row in first if not row["diverged"]}
+    found = {}
+    for arm in arms:
+        if arm != BASELINE and BASELINE in right and arm in right:
+            won = int(np.sum(right[arm] & ~right[BASELINE]))
+            lost = int(np.sum(right[BASELINE] & ~right[arm]))
+            p = min(1.0, 2 * float(special.bdtr(min(won, lost), won + lost, 0.5)))
+            found[arm] = {"won": won, "lost": lost, "p": p if won + lost else 1.0}
+    return found
+
+
+def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
+    """Return median seconds per step by method, and the ratios that the study is about."""
+    seconds = {method: timings.get(f"steps/{method}") for method in METHODS}
+    config, data = table(records, "config")[0], table(records, "data")[0]
+
+    def ratio(over: str, under: str) -> float | None:
+        a, b = seconds[over], seconds[under]
+        return a / b if a and b else None
+
+    return {
+        "seconds": seconds,
+        "steps_per_epoch": data["num_train"] // config["batch_size"],
+        "rounds": config["timing_rounds"],
+        "penalised_over_plain": ratio("penalised", "plain"),
+        "torch_over_penalised": ratio("torch-penalised", "penalised"),
+        "penalised_over_torch_plain": ratio("penalised", "torch-plain"),
+    }
+
+
+def landscape(records: list[Row]) -> list[dict[str, Any]]:
+    """Return the centres of the landscapes: curvature and rise of every plane."""
+    return [facts(row) for row in table(records, "landscape", kind="centre")]
+
+
+def grids(records: list[Row], plane: int) -> dict[str, dict[str, Any]]:
+    """Return one plane's grids by lambda: coordinates x (X,) and losses (X, X)."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in table(records, "landscape", kind="line", plane=plane):
+        grid = found.setdefault(row["arm"], {"x": [], "losses": []})
+        grid["x"].append(row["x"])
+        grid["losses"].append([float(word) for word in row["losses"].split()])
+    return {
+        arm: {"x": np.asarray(g["x"]), "losses": np.asarray(g["losses"])}
+        for arm, g in found.items()
+    }
+
+
+# predictions, registered before the first run
+
+
+def predictions(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Answer the registered predictions: claim, outcome (held, contradicted, no evidence), why."""
+    by_arm, accuracy = found["by_arm"], found["comparison"]["test_accuracy"]
+    flat = found["comparison"][found["flat"]]
+    small = [arm for arm in accuracy if by_arm[arm]["lambda"] <= SMALL]
+    largest = max(accuracy, key=lambda arm: by_arm[arm]["lambda"], default=None)
+    unseen = found["comparison"]["held_out_fro2"]
+    answers = [
+        {
+            "claim": "Tr(H²) of the train split is lower for every λ > 0",
+            **one_way(flat, list(flat), "lower", "higher"),
+        },
+        {
+            "claim": "and so is that of held-out samples",
+            **one_way(unseen, list(unseen), "lower", "higher"),
+        },
+        {
+            "claim": f"no accuracy gain at small λ ({', '.join(small) or 'none here'})",
+            **no_gain(accuracy, small),
+        },
+        {
+            "claim": f"lower accuracy at the largest λ ({largest})",
+            **one_way(accuracy, [] if largest is None else [largest], "lower", "higher"),
+        },
+    ]
+    if found["data"]["dataset"] == "rbf":
+        answers += as_published(found)
+    return answers
+
+
+def one_way(
+    pairs: Mapping[str, Mapping[str, Any]], arms: Sequence[str], wanted: str, opposite: str
+) -> dict[str, str]:
+    """Answer a prediction that every one of the lambdas differs in one direction."""
+    verdicts = {arm: pairs[arm]["verdict_holm"] for arm in arms}
+    against = [arm for arm, verdict in verdicts.items() if verdict == opposite]
+    open_ = [arm for arm, verdict in verdicts.items() if verdict not in (wanted, opposite)]
+    if against:
+        return {"outcome": "contradicted", "why": f"{opposite} for λ = {', '.join(against)}"}
+    if open_ or not arms:
+        told = f"no evidence of a difference for λ = {', '.join(open_)}"
+        return {"outcome": "no evidence", "why": told if open_ else "there is no such λ"}
+    return {"outcome": "held", "why": f"{wanted} for λ = {', '.join(arms)}, corrected"}
+
+
+def decidable(pairs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether there are enough seeds for Holm's correction to let any difference pass."""
+    least = [pair["p_resolution"] for pair in pairs.values() if pair["p_resolution"] is not None]
+    return bool(least) and min(least) * len(pairs) < 1 - LEVEL
+
+
+def no_gain(pairs: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> dict[str, str]:
+    """Answer the prediction that there is no gain: what the intervals leave room for is said."""
+    gains = [arm for arm in arms if pairs[arm]["verdict_holm"] == "higher"]
+    if gains:
+        return {"outcome": "contradicted", "why": f"higher for λ = {', '.join(gains)}"}
+    ends = [pairs[arm]["high"] for arm in arms if pairs[arm]["high"] is not None]
+    if not ends or not decidable(pairs):
+        return {"outcome": "no evidence", "why": "too few seeds to show a gain"}
+    room = max(0.0, 100 * max(ends))
+    return {
+        "outcome": "held",
+        "why": f"no gain is shown; the intervals leave room for {room:.2g} points",
+    }
+
+
+def as_published(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Answer what the published run on this kind of data lets expect; means, not tests."""
+    by_arm = found["by_arm"]
+    penalised = [arm for arm in found["arms"] if arm != BASELINE]
+    seen = [by_arm[arm]["flatness_same"]["mean"] for arm in penalised]
+    fits = [by_arm[arm]["last_ce"]["mean"] for arm in found["arms"]]
+    majority = found["constant"]["test_accuracy"]
+    room = 2 * math.sqrt(majority * (1 - majority) / found["data"]["num_test"])
+    tops = [by_arm[arm]["test_accuracy"]["mean"] for arm in found["arms"]]
+    told = f"highest mean {max(filter(None, tops), default=math.nan):.3f}, majority {majority:.3f}"
+    return [
+        {"claim": "Tr(H²)/B in the last epoch falls as λ grows", **ordered(seen, falling=True)},
+        {"claim": "training cross-entropy rises with λ", **ordered(fits, falling=False)},
+        {
+            "claim": "no λ beats the majority class by more than two standard errors",
+            "outcome": "held" if all(t <= majority + room for t in tops if t) else "contradicted",
+            "why": told,
+        },
+    ]
+
+
+def ordered(values: Sequence[float | None], *, falling: bool) -> dict[str, str]:
+    """Say whether means by rising lambda are in one order."""
+    there = [v for v in values if v is not None]
+    pairs = itertools.pairwise(there)
+    right = len(there) == len(values) and all(a > b if falling else a < b for a, b in pairs)
+    told = ", ".join(f"{v:.4g}" for v in there)
+    return {"outcome": "held" if right else "contradicted", "why": f"means: {told}"}

@@ -1,0 +1,5 @@
+"""Training with a Hessian-norm penalty."""
+
+from hvpfast.studies.hessian_norm.experiment import STUDY
+
+__all__ = ["STUDY"]

@@ -1,0 +1,356 @@
+"""Does penalising the Hessian's Frobenius norm lower the test loss of a small MLP on MNIST-1D?
+
+    baseline    loss = CE
+    penalised   loss = CE + rho ||H v||^2     H the mini-batch Hessian of CE, v one probe a step
+
+With Rademacher probes, E ||H v||^2 = Tr(H H) = ||H||_F^2. Yes: over paired seeds, the interval of
+the difference in test loss lies below zero. No, or no evidence: it does not.
+
+Two protocols. "sound": the learning rate is chosen on one grid and shared, then rho on a grid at
+that rate; the test split is used once, after the last step of each final run; everything is chosen
+on validation data by the rule that is also reported, the loss after the last epoch; further arms
+say what an effect is due to (see `ARMS`). "published": as the claim was made, many times over; see
+``hessian_norm_published.py``.
+
+Random streams are named and derived from one root seed: split; init, batches and probes of each
+training; tuner. Rows, by their ``table``: data, trivial (what predictors without a network score),
+trial (one training of a tuning trial), epoch (a point of a final run's curve), final, torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+import hvpfast as hf
+from hvpfast import backends
+from hvpfast.lab.data.splits import NUM_CLASSES, Data, mnist1d, split_sizes
+from hvpfast.lab.measure.training import (
+    constant_prediction,
+    exact_curvature,
+    linear_prediction,
+    score,
+)
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.lab.runs.progress import Cell, Task
+from hvpfast.lab.runs.run import Study
+from hvpfast.lab.runs.run import run as run_study
+from hvpfast.studies.hessian_norm import published as published
+from hvpfast.studies.hessian_norm.figures import figures
+from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings, headline
+from hvpfast.studies.hessian_norm.report import (
+    describe_data,
+    describe_final,
+    describe_torch,
+    describe_trial,
+    mean_loss,
+    report,
+)
+from hvpfast.studies.hessian_norm.torch_baseline import torch_rows
+from hvpfast.studies.hessian_norm.train import Setting, Shape, train
+
+NUM_INPUTS = 40
+Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the study does; every field is an option of the command line."""
+
+    protocol: Literal["sound", "published"] = "sound"
+    """sound, or as published: tuned on the test split, one random search per arm, two seeds"""
+    num_samples: int = 5000
+    """samples of mnist1d, a fifth of them test; 5000 is the official set, 2000 a small one"""
+    val_fraction: float = 0.2
+    """part of the train samples that is kept for validation (sound)"""
+    hidden: tuple[int, ...] = (32, 32)
+    """widths of the hidden layers"""
+    activation: Activation = "relu"
+    """activation of the hidden layers"""
+    smooth_activation: Activation = "gelu"
+    """activation of the two arms that are to be smooth (sound)"""
+    epochs: int = 20
+    """epochs of every training; as published, of the final ones"""
+    batch_size: int = 128
+    """samples per step; the smaller last batch of an epoch is used too"""
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+    """learning rates that every arm shares (sound)"""
+    rhos: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    """weights of the penalty (sound)"""
+    decays: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    """decoupled weight decays, a knob for the baseline (sound)"""
+    radii: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    """radii of sharpness-aware minimisation (SAM), another one (sound)"""
+    tune_seeds: tuple[int, ...] = tuple(range(5))
+    """training seeds over which every trial is averaged (sound)"""
+    seeds: tuple[int, ...] = tuple(range(30))
+    """training seeds of the final runs, the pairs of the comparison; 0-9 means 0 to 9 (sound)"""
+    torch_seeds: tuple[int, ...] = (0,)
+    """seeds that torch autograd trains as well, to compare the time; of the final ones (sound)"""
+    repetitions: int = 40
+    """how often the whole protocol is repeated (published)"""
+    root_seed: int = 0
+    """every random stream is derived from this number"""
+    backend: str = "auto"
+    """auto, or a backend that hvpfast info lists"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """floating-point type of everything"""
+
+    def __post_init__(self) -> None:
+        split_sizes(self.num_samples, self.val_fraction)
+        for name in ("epochs", "batch_size", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rates", "rhos", "decays", "radii"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0 or list(values) != sorted(set(values)):
+                raise ValueError(f"{name} must be positive and rising, at least one; got {values}")
+        for name in ("tune_seeds", "seeds"):
+            seeds = getattr(self, name)
+            if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+                raise ValueError(
+                    f"{name} must be different integers >= 0, at least one; got {seeds}"
+                )
+        if not set(self.torch_seeds) <= set(self.seeds):
+            raise ValueError(f"torch_seeds must be among the seeds; got {self.torch_seeds}")
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        num_samples=500,
+        hidden=(8,),
+        epochs=2,
+        learning_rates=(3e-3, 3e-2),
+        rhos=(1e-3, 1e-2),
+        decays=(0.1,),
+        radii=(0.05,),
+        tune_seeds=(0,),
+        seeds=(0, 1),
+        repetitions=2,
+    ),
+    "published": Config(protocol="published"),
+}
+
+
+def shape_of(config: Config) -> Shape:
+    """Return what all trainings share."""
+    sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
+    return Shape(sizes, config.epochs, config.batch_size, config.backend, config.root_seed)
+
+
+def engine(config: Config) -> dict[str, str]:
+    """Return the backend that ``config.backend`` means here, and why others were passed over."""
+    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
+    spec = hf.MLPSpec(shape_of(config).sizes, activation=config.activation)
+    try:
+        choice = backends.choose(config.backend, spec, device, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise StudyError(str(error)) from error
+    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
+    return {"backend": choice.module.NAME, "dtype": config.dtype, **passed_over}
+
+
+def load(config: Config) -> Data:
+    """Return the splits of mnist1d; as published, validation is the test split."""
+    fraction = config.val_fraction if config.protocol == "sound" else 0.0
+    return mnist1d(config.num_samples, fraction, config.root_seed, getattr(torch, config.dtype))
+
+
+def activation_of(config: Config, arm: Arm) -> str:
+    """Return the activation of an arm."""
+    return config.smooth_activation if arm.smooth else config.activation
+
+
+def strengths_of(config: Config, arm: Arm) -> tuple[float, ...]:
+    """Return the grid of an arm's strength."""
+    grid: tuple[float, ...] = getattr(config, arm.grid)
+    return grid
+
+
+# tuning
+
+
+def trial_rows(
+    config: Config, data: Data, stage: str, arm: str, number: int, setting: Setting
+) -> Iterator[dict[str, Any]]:
+    """Train with one setting from every tuning seed; a row each."""
+    for seed in config.tune_seeds:
+        trained = train(shape_of(config), data, setting, "tune", seed)
+        last = {} if trained.diverged else trained.epochs[-1]
+        scores = {name: last.get(name) for name in ("val_loss", "val_accuracy")}
+        head = {"table": "trial", "stage": stage, "arm": arm, "trial": number, "seed": seed}
+        yield {**head, **columns(setting), **scores}
+
+
+def columns(setting: Setting) -> dict[str, Any]:
+    """Return the columns that describe a setting."""
+    return {"learning_rate": setting.learning_rate, "strength": setting.strength}
+
+
+def best_of(
+    config: Config, data: Data, stage: str, grids: Mapping[str, Sequence[Setting]], cell: Cell
+) -> dict[str, Setting]:
+    """Return each arm's setting with the lowest mean validation loss, the first of equals."""
+    numbered = [(arm, i, setting) for arm, grid in grids.items() for i, setting in enumerate(grid)]
+    tasks: list[Task] = [
+        (
+            f"{stage}-{arm}-{i:03d}",
+            partial(trial_rows, config, data, stage, arm, i, setting),
+            describe_trial,
+        )
+        for arm, i, setting in numbered
+    ]
+    losses: dict[str, list[float]] = {arm: [] for arm in grids}
+    for (arm, _, _), rows in zip(numbered, cell.together(tasks), strict=True):
+        losses[arm].append(mean_loss(rows))
+    for arm, values in losses.items():
+        if min(values) == math.inf:
+            raise StudyError(
+                f"every tuning trial of the {arm} arm diverged. Lower --learning-rates or its grid"
+            )
+    return {arm: grids[arm][values.index(min(values))] for arm, values in losses.items()}
+
+
+def tune(config: Config, data: Data, cell: Cell) -> dict[str, Setting]:
+    """Return the setting of every arm: rates of the baselines, then strengths, then one rate again.
+
+    The placebo and the exact arm take what the penalised arm has: they differ in one thing.
+    """
+
+    def rates(arm: str, strength: float = 0.0) -> list[Setting]:
+        method, activation = ARMS[arm].method, activation_of(config, ARMS[arm])
+        return [Setting(method, activation, rate, strength) for rate in config.learning_rates]
+
+    bases = {arm: rates(arm) for arm in ARMS if ARMS[arm].base == arm}
+    chosen = best_of(config, data, "rate", bases, cell)
+    grids = {
+        name: [
+            replace(chosen[arm.base], method=arm.method, strength=strength)
+            for strength in strengths_of(config, arm)
+        ]
+        for name, arm in ARMS.items()
+        if arm.grid
+    }
+    chosen |= best_of(config, data, "strength", grids, cell)
+    for name in ("placebo", "exact"):
+        chosen[name] = replace(chosen["penalised"], method=ARMS[name].method)
+    again = {"own-rate": rates("own-rate", chosen["penalised"].strength)}
+    chosen |= best_of(config, data, "rate", again, cell)
+    return chosen
+
+
+# final runs
+
+
+def final_rows(
+    config: Config, data: Data, arm: str, seed: int, setting: Setting
+) -> Iterator[dict[str, Any]]:
+    """Train a final network: its curve, then the row in which the test split is used, once."""
+    shape = shape_of(config)
+    start = time.perf_counter()
+    trained = train(shape, data, setting, "final", seed)
+    yield {"table": "timing", "what": "train", "seconds": time.perf_counter() - start}
+    for row in trained.epochs:
+        yield {"table": "epoch", "arm": arm, "seed": seed, **row}
+    final: dict[str, Any] = {"table": "final", "arm": arm, "seed": seed, **columns(setting)}
+    final |= {"activation": setting.activation, "diverged": trained.diverged}
+    if not trained.diverged:
+        model = trained.model
+        for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
+            final[f"{name}_loss"], final[f"{name}_accuracy"] = score(model, split)
+        final["gap"] = final["test_loss"] - final["train_loss"]
+        start = time.perf_counter()
+        final |= exact_curvature(model, data.train, config.backend)
+        yield {"table": "timing", "what": "measure", "seconds": time.perf_counter() - start}
+        if arm in ("baseline", "penalised"):
+            final |= exact_curvature(model, data.train, config.backend, "ggn")
+        with torch.no_grad():
+            final["logit_size"] = float(model(data.train.x).square().mean().sqrt())
+            final["params_norm"] = float(model.flat.norm())
+    yield final
+
+
+def data_rows(config: Config, data: Data) -> Iterator[dict[str, Any]]:
+    """Describe data and networks, and score what needs no network."""
+    sizes = {f"num_{name}": len(getattr(data, name).y) for name in ("train", "val", "test")}
+    spec = hf.MLPSpec(shape_of(config).sizes)
+    network = {"sizes": "-".join(map(str, spec.sizes)), "num_params": spec.num_params}
+    row = {"table": "data", "dataset": data.name, **sizes, "check": data.check, **network}
+    yield {**row, "backend": config.backend}
+    yield {"table": "trivial", "predictor": "class frequencies", **constant_prediction(data)}
+    if config.protocol == "sound":
+        yield {"table": "trivial", "predictor": "linear", **linear_prediction(data)}
+
+
+# the two protocols
+
+
+def plan(config: Config) -> list[str]:
+    """Return the key of every cell, in order."""
+    if config.protocol == "published":
+        return ["data", *published.plan(config.repetitions)]
+    rates, keys = range(len(config.learning_rates)), ["data"]
+    bases = [arm for arm in ARMS if ARMS[arm].base == arm]
+    keys += [f"rate-{arm}-{i:03d}" for arm in bases for i in rates]
+    for name, arm in ARMS.items():
+        numbers = range(len(strengths_of(config, arm)) if arm.grid else 0)
+        keys += [f"strength-{name}-{i:03d}" for i in numbers]
+    keys += [f"rate-own-rate-{i:03d}" for i in rates]
+    keys += [f"torch-{seed:03d}" for seed in config.torch_seeds]
+    return keys + [f"final-{arm}-{seed:03d}" for seed in config.seeds for arm in ARMS]
+
+
+def experiment(config: Config, data: Data, cell: Cell) -> None:
+    """Tune and train by the protocol."""
+    config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
+    cell("data", partial(data_rows, config, data), describe_data)
+    if config.protocol == "published":
+        published.experiment(config, shape_of(config), data, cell)
+        return
+    settings = tune(config, data, cell)
+    tasks: list[Task] = [
+        (
+            f"torch-{seed:03d}",
+            partial(torch_rows, shape_of(config), data, settings, seed),
+            describe_torch,
+        )
+        for seed in config.torch_seeds
+    ]
+    for seed in config.seeds:
+        for arm, setting in settings.items():
+            work = partial(final_rows, config, data, arm, seed, setting)
+            tasks.append((f"final-{arm}-{seed:03d}", work, describe_final))
+    cell.together(tasks)
+
+
+def reporter(protocol: Any) -> Any:
+    """Return the functions that report a protocol."""
+    if protocol == "published":
+        return published
+    return SimpleNamespace(figures=figures, findings=findings, report=report, headline=headline)
+
+
+STUDY: Study[Config, Data] = Study(
+    name="hessian-norm",
+    question=QUESTION,
+    presets=PRESETS,
+    packages=("matplotlib", "mnist1d"),
+    engine=engine,
+    load=load,
+    plan=plan,
+    experiment=experiment,
+    figures=lambda records: reporter(records[0]["protocol"]).figures(records),
+    findings=lambda records, timings: reporter(records[0]["protocol"]).findings(records, timings),
+    report=lambda found: reporter(found["protocol"]).report(found),
+    headline=lambda found: reporter(found["protocol"]).headline(found),
+)
+
+run = partial(run_study, STUDY)

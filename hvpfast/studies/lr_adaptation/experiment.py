@@ -1,0 +1,387 @@
+"""Does scaling gradients by their running differences, as a stand-in for curvature, help Adam?
+
+    s_t = 0.9 s_{t-1} + 0.1 c_t^2,     the base optimizer steps on  g_t / (sqrt(s_t) + 1e-8)
+
+with c the difference of consecutive gradients (the study's wrapper), the secant on one batch, one
+Hutchinson probe of the Hessian's diagonal, or the exact diagonal, of the mini-batch's mean
+cross-entropy. A small MLP on MNIST-1D; see `hvpfast.optim`.
+
+Protocols. ``sound``: three splits; every arm tries the same learning rates; the lowest validation
+loss after the last epoch wins, by the rule that is reported; then one training per arm and seed,
+arms of a seed sharing initial weights and batches. ``published``: as the study was run, with seeds:
+the test split is the validation split, each arm is tuned by 20 trials of 10 epochs and trained once
+for 20; the whole protocol is repeated once per seed.
+
+Four claims are measured, all on the same runs: steps to a target validation loss, test loss where
+the validation loss was lowest, test loss after the last epoch, and their difference, the drift. The
+sound protocol measures speed once more, from the same weights and batches, at the learning rate
+that tuning found fastest to the target.
+
+Random streams are named and derived from one root seed: split; init, batches and probes of each
+training; tuner; scatter. Rows, by their ``table``: data, trivial, trial (one tuning training),
+epoch (a point of a final run's curve), final, cost, and those of `lr_adaptation_proxies`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from hvpfast import backends
+from hvpfast.lab.data.splits import Data, fold, mnist1d, split_sizes
+from hvpfast.lab.measure.training import constant_prediction, linear_prediction, score
+from hvpfast.lab.measure.tuning import Point, minimise
+from hvpfast.lab.runs.folder import Row, StudyError
+from hvpfast.lab.runs.progress import Cell, Task
+from hvpfast.lab.runs.run import Study
+from hvpfast.lab.runs.run import run as run_study
+from hvpfast.studies.lr_adaptation.figures import figures
+from hvpfast.studies.lr_adaptation.findings import ARMS, QUESTION, STUDIED, findings
+from hvpfast.studies.lr_adaptation.measure import proxy_rows
+from hvpfast.studies.lr_adaptation.published import published_report
+from hvpfast.studies.lr_adaptation.report import headline, sound_report
+from hvpfast.studies.lr_adaptation.train import Stream, Trained, spec, time_steps, train
+
+RANDOM_TRIALS = 10
+"""Trials that TPE draws at random before it starts, by the default of its library."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the study does; every field is an option of the command line."""
+
+    protocol: Literal["sound", "published"] = "sound"
+    """three splits, one grid and every arm; or as published, repeated once per seed"""
+    num_samples: int = 5000
+    """samples of mnist1d, a fifth of them test; 5000 is the official set"""
+    val_fraction: float = 0.2
+    """part of the train samples that is kept for validation (published: none, test is used)"""
+    hidden: tuple[int, ...] = (100,)
+    """widths of the hidden layers"""
+    activation: Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"] = "relu"
+    """activation of the hidden layers"""
+    epochs: int = 20
+    """epochs of every training (published: of the final runs)"""
+    batch_size: int = 32
+    """samples per step; the smaller last batch of an epoch is used too"""
+    learning_rates: tuple[float, ...] = (
+        *(1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0),
+    )
+    """learning rates that every arm tries (published: the search goes from first to last)"""
+    tune_seeds: tuple[int, ...] = (0, 1, 2)
+    """training seeds over which every learning rate is averaged"""
+    trials: int = 20
+    """published only: trials of each search"""
+    tune_epochs: int = 10
+    """published only: epochs of a trial"""
+    seeds: tuple[int, ...] = tuple(range(30))
+    """training seeds of the final runs, the pairs of the comparison; 0-9 means 0 to 9"""
+    target_loss: float = 1.25
+    """validation loss that the speed of an arm is measured to"""
+    evaluations: int = 4
+    """evaluations of the validation loss per epoch, the grain of that measure"""
+    proxy_seeds: tuple[int, ...] = tuple(range(10))
+    """training seeds along which the proxies are compared with the exact diagonal"""
+    proxy_epochs: tuple[int, ...] = (1, 5, 20)
+    """epochs after which they are compared"""
+    root_seed: int = 0
+    """every random stream is derived from this number"""
+    backend: str = "auto"
+    """auto, or a backend that hvpfast info lists"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """floating-point type of everything"""
+
+    def __post_init__(self) -> None:
+        split_sizes(self.num_samples, self.val_fraction)
+        for name in ("epochs", "batch_size", "trials", "tune_epochs", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        rates = self.learning_rates
+        if not rates or min(rates) <= 0 or sorted(set(rates)) != list(rates):
+            raise ValueError(f"learning_rates must be positive and ascending; got {rates}")
+        for name in ("tune_seeds", "seeds", "proxy_seeds"):
+            seeds = getattr(self, name)
+            if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+                raise ValueError(
+                    f"{name} must be different integers >= 0, at least one; got {seeds}"
+                )
+        if not self.proxy_epochs or not set(self.proxy_epochs) <= set(range(1, self.epochs + 1)):
+            raise ValueError(
+                f"proxy_epochs must be epochs from 1 to {self.epochs}; got {self.proxy_epochs}"
+            )
+
+
+PRESETS = {
+    "default": Config(),
+    "published": Config(
+        protocol="published", learning_rates=(1e-5, 1e-1), seeds=tuple(range(20)), tune_seeds=(0,)
+    ),
+    "smoke": Config(
+        num_samples=500,
+        epochs=2,
+        learning_rates=(3e-3, 3e-2),
+        tune_seeds=(0,),
+        seeds=(0, 1),
+        target_loss=2.2,
+        evaluations=2,
+        proxy_seeds=(0,),
+        proxy_epochs=(1, 2),
+    ),
+}
+
+
+def engine(config: Config) -> dict[str, str]:
+    """Return the backend that ``config.backend`` means here, and why others were passed over."""
+    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
+    try:
+        choice = backends.choose(config.backend, spec(config), device, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise StudyError(str(error)) from error
+    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
+    return {"backend": choice.module.NAME, "dtype": config.dtype, **passed_over}
+
+
+def load(config: Config) -> Data:
+    """Return the splits of mnist1d; as published, validation is the test split."""
+    dtype = getattr(torch, config.dtype)
+    val_fraction = config.val_fraction if config.protocol == "sound" else 0.0
+    return mnist1d(config.num_samples, val_fraction, config.root_seed, dtype)
+
+
+def trial_row(arm: str, seed: int, trial: int, rate: float, trained: Trained) -> dict[str, Any]:
+    """Return the row of a tuning training."""
+    row: dict[str, Any] = {
+        "table": "trial",
+        "arm": arm,
+        "seed": seed,
+        "trial": trial,
+        "learning_rate": rate,
+    }
+    reached, last = trained.steps_to_target, trained.epochs[-1]["val_loss"]
+    if trained.diverged:
+        return {**row, "val_loss": None, "steps_to_target": reached, "steps_counted": None}
+    counted = reached or trained.num_steps
+    return {**row, "val_loss": last, "steps_to_target": reached, "steps_counted": counted}
+
+
+def trial_rows(config: Config, data: Data, arm: str, trial: int) -> Iterator[dict[str, Any]]:
+    """Train at one learning rate from every tuning seed; a row each."""
+    rate = config.learning_rates[trial]
+    for seed in config.tune_seeds:
+        stream = ("tune", seed)
+        trained = train(config, data, arm, rate, stream, stream, config.epochs)
+        yield trial_row(arm, seed, trial, rate, trained)
+
+
+def best_rate(arm: str, trials: list[list[Row]]) -> float:
+    """Return the learning rate with the lowest mean validation loss after the last epoch."""
+    rows = min(trials, key=mean_loss)
+    if mean_loss(rows) == math.inf:
+        raise StudyError(f"every tuning trial of the arm {arm} diverged. Lower --learning-rates")
+    return float(rows[0]["learning_rate"] or 0)
+
+
+def fastest_rate(trials: list[list[Row]]) -> float:
+    """Return the learning rate with the fewest mean steps to the target; of equals, the best."""
+    rows = min(trials, key=lambda rows: (mean_of(rows, "steps_counted"), mean_loss(rows)))
+    return float(rows[0]["learning_rate"] or 0)
+
+
+def mean_loss(rows: list[Row]) -> float:
+    """Return the mean validation loss of a trial; infinite where a training diverged."""
+    return mean_of(rows, "val_loss")
+
+
+def mean_of(rows: list[Row], name: str) -> float:
+    """Return the mean of a column over a trial; infinite where a training diverged."""
+    values = [row[name] for row in rows]
+    return fmean(v if isinstance(v, (int, float)) else math.inf for v in values)
+
+
+def final_rows(
+    config: Config,
+    data: Data,
+    arm: str,
+    seed: int,
+    rate: float,
+    order: Stream,
+    speed_rate: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train a final network: its curve, then the row in which the test split is used.
+
+    With `speed_rate` it is trained once more, at that learning rate and until the target.
+    """
+    network = spec(config)
+    trained = train(config, data, arm, rate, ("final", seed), order, config.epochs)
+    for row in trained.epochs:
+        yield {"table": "epoch", "arm": arm, "seed": seed, **row}
+    final: dict[str, Any] = {"table": "final", "arm": arm, "seed": seed, "learning_rate": rate}
+    final["diverged"] = trained.diverged
+    if not trained.diverged and trained.best_flat is not None:
+        final["num_steps"], final["steps_to_target"] = trained.num_steps, trained.steps_to_target
+        final["steps_counted"] = trained.steps_to_target or trained.num_steps
+        final["best_epoch"] = trained.best_epoch
+        final["val_loss"] = trained.epochs[-1]["val_loss"]
+        final["val_lowest"] = trained.epochs[trained.best_epoch]["val_loss"]
+        final["train_loss"] = score(trained.model, data.train)[0]
+        final["test_loss"], final["test_accuracy"] = score(trained.model, data.test)
+        with torch.no_grad():
+            trained.model.flat.copy_(trained.best_flat)
+        final["test_lowest"], _ = score(trained.model, data.test)
+        final["drift"] = final["test_loss"] - final["test_lowest"]
+    if speed_rate is not None:
+        fast = train(
+            config,
+            data,
+            arm,
+            speed_rate,
+            ("final", seed),
+            order,
+            config.epochs,
+            stop_at_target=True,
+        )
+        whole = config.epochs * math.ceil(len(data.train.y) / config.batch_size)
+        final["speed_rate"] = speed_rate
+        final["speed_reached"] = fast.steps_to_target is not None
+        final["steps_tuned"] = fast.steps_to_target or whole
+    final |= {"sizes": "-".join(map(str, network.sizes)), "num_params": network.num_params}
+    yield {**final, "backend": config.backend, "dtype": config.dtype}
+
+
+def repeat_rows(config: Config, data: Data, arm: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Run the published protocol once for one arm: the search, then the one final training.
+
+    One initial state serves every trial and the final runs of both arms; batches differ between
+    all trainings, as they did where nothing was seeded.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def evaluate(number: int, point: Point) -> float:
+        order, rate = ("published", arm, seed, number), point["learning_rate"]
+        trained = train(config, data, arm, rate, ("final", seed), order, config.tune_epochs)
+        rows.append(trial_row(arm, seed, number, rate, trained))
+        return mean_loss(rows[-1:])
+
+    space = {"learning_rate": (config.learning_rates[0], config.learning_rates[-1])}
+    tuner = fold(config.root_seed, "tuner", arm, seed)
+    start: list[Point] = [{}] * min(RANDOM_TRIALS, config.trials)
+    best = minimise(evaluate, space, start, config.trials, tuner)
+    if best is None:
+        raise StudyError(f"every tuning trial of the arm {arm} diverged. Lower --learning-rates")
+    yield from rows
+    order = ("published", arm, seed, "final")
+    yield from final_rows(config, data, arm, seed, best["learning_rate"], order)
+
+
+def data_rows(data: Data) -> Iterator[dict[str, Any]]:
+    """Describe the data, and score a constant and the best linear prediction."""
+    sizes = {f"num_{name}": len(getattr(data, name).y) for name in ("train", "val", "test")}
+    yield {"table": "data", "dataset": data.name, **sizes, "check": data.check}
+    yield {"table": "trivial", **constant_prediction(data)}
+    yield {"table": "linear", **linear_prediction(data)}
+
+
+def describe_data(rows: list[Row]) -> str:
+    """Return the data's line of progress."""
+    sizes = "{num_train} train, {num_val} validation, {num_test} test".format(**rows[0])
+    return f"{rows[0]['dataset']}: {sizes}"
+
+
+def describe_trial(rows: list[Row]) -> str:
+    """Return a trial's line of progress."""
+    row = rows[0]
+    return f"tune   {row['arm']:<14}  lr {row['learning_rate']:.1e}  val loss {mean_loss(rows):.4f}"
+
+
+def describe_final(rows: list[Row]) -> str:
+    """Return a final run's line of progress."""
+    row = rows[-1]
+    head = f"final  {row['arm']:<14}  seed {row['seed']:<2}  lr {row['learning_rate']:.1e}"
+    if row["diverged"]:
+        return f"{head}  diverged"
+    target = "never" if row["steps_to_target"] is None else f"{row['steps_to_target']} steps"
+    return f"{head}  target {target}  test loss {row['test_loss']:.4f}"
+
+
+def describe_proxies(rows: list[Row]) -> str:
+    """Return a proxy measurement's line of progress."""
+    return f"proxies along {rows[0]['trajectory']}, seed {rows[0]['seed']}"
+
+
+def plan(config: Config) -> list[str]:
+    """Return the key of every cell, in order."""
+    if config.protocol == "published":
+        return ["data", *(f"repeat-{arm}-{s:03d}" for s in config.seeds for arm in STUDIED)]
+    tuning = [f"tune-{arm}-{i:02d}" for arm in ARMS for i in range(len(config.learning_rates))]
+    finals = [f"final-{arm}-{seed:03d}" for seed in config.seeds for arm in ARMS]
+    proxies = [f"proxies-{arm}-{seed:03d}" for seed in config.proxy_seeds for arm in STUDIED]
+    return ["data", "cost", *tuning, *finals, *proxies]
+
+
+def experiment(config: Config, data: Data, cell: Cell) -> None:
+    """Tune every arm, train every arm from every seed, and measure the proxies."""
+    config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
+    cell("data", partial(data_rows, data), describe_data)
+    if config.protocol == "published":
+        cell.together(
+            [
+                (
+                    f"repeat-{arm}-{seed:03d}",
+                    partial(repeat_rows, config, data, arm, seed),
+                    describe_final,
+                )
+                for seed, arm in itertools.product(config.seeds, STUDIED)
+            ]
+        )
+        return
+    cell("cost", partial(time_steps, config, data, ARMS), lambda _: "time of a step of every arm")
+    pairs = list(itertools.product(ARMS, range(len(config.learning_rates))))
+    trials = cell.together(
+        [
+            (f"tune-{arm}-{i:02d}", partial(trial_rows, config, data, arm, i), describe_trial)
+            for arm, i in pairs
+        ]
+    )
+    found = {arm: [rows for pair, rows in zip(pairs, trials, strict=True) if pair[0] == arm]
+             for arm in ARMS}  # fmt: skip
+    rates = {arm: best_rate(arm, found[arm]) for arm in ARMS}
+    speed = {arm: fastest_rate(found[arm]) for arm in ARMS}
+    tasks: list[Task] = []
+    for seed, arm in itertools.product(config.seeds, ARMS):
+        stream = ("final", seed)
+        work = partial(final_rows, config, data, arm, seed, rates[arm], stream, speed[arm])
+        tasks.append((f"final-{arm}-{seed:03d}", work, describe_final))
+    for seed, arm in itertools.product(config.proxy_seeds, STUDIED):
+        measure = partial(proxy_rows, config, data, arm, rates[arm], seed)
+        tasks.append((f"proxies-{arm}-{seed:03d}", measure, describe_proxies))
+    cell.together(tasks)
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Return report.md without its environment section."""
+    return published_report(found) if found["protocol"] == "published" else sound_report(found)
+
+
+STUDY = Study(
+    name="lr-adaptation",
+    question=QUESTION,
+    presets=PRESETS,
+    packages=("optuna", "matplotlib", "mnist1d"),
+    engine=engine,
+    load=load,
+    plan=plan,
+    experiment=experiment,
+    figures=figures,
+    findings=findings,
+    report=report,
+    headline=headline,
+)
+
+run = partial(run_study, STUDY)

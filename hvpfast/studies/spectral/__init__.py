@@ -1,0 +1,5 @@
+"""Spectra of networks under a sweep of L2."""
+
+from hvpfast.studies.spectral.experiment import STUDY
+
+__all__ = ["STUDY"]

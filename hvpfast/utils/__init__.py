@@ -1,0 +1,1 @@
+"""What knows nothing of curvature: files, memory, random state, figures, recorded graphs."""
