@@ -46,8 +46,12 @@ def plan(root: Path, work: Path, *, dry: bool = False) -> list[Step]:
     tests, cuda_tests = (
         [f"{root}/tests/{name}.py" for name in names]
         for names in (
-            ("test_graphs", "test_triton_kernels", "test_bench_device"),
-            ("test_cuda_device", "cuda_behaviour"),
+            (
+                "functional/test_cuda_graphs",
+                "backends/test_triton_kernels",
+                "bench/test_bench_device",
+            ),
+            ("backends/test_cuda_device", "backends/cuda_behaviour"),
         )
     )
     return [
@@ -119,7 +123,8 @@ def _conformance(
     """
     name = f"conformance-{backend}"
     bodies = [
-        f"{root}/tests/{name}.py::test_conformance" for name in ("test_conformance", "test_models")
+        f"{root}/tests/backends/{name}.py::test_conformance"
+        for name in ("test_conformance", "test_many_models")
     ]
     few = "and (covering or shared)" if covering else ""
     words = [*bodies, "-k", f"{backend}- {chosen} {few}".strip()]

@@ -1,5 +1,5 @@
 // The formulas that the CPU engine and the kernels share (activations.h, losses.h) with the numbers
-// of the kernels, callable one by one: tests/cuda_formulas.py holds them against their definitions.
+// of the kernels, callable one by one: tests/support/cuda_formulas.py holds them against their definitions.
 #include "cuda/real.h"
 
 namespace hvpfast::cuda {

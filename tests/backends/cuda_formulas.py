@@ -1,4 +1,4 @@
-"""Run by tests/test_cuda_emulated.py: the kernels' formulas, one by one, against definitions.
+"""Run by test_cuda_emulated.py: the kernels' formulas, one by one, against definitions.
 
 They are those of the CPU engine (activations.h and losses.h in csrc/common) with one number per
 thread.

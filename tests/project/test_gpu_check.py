@@ -19,7 +19,7 @@ from hvpfast.bench.cases import KNOWN_CASES
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.bench.suites.models import suite as models
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu_check"))
 import builder  # noqa: E402
 import steps as table  # noqa: E402
@@ -220,7 +220,7 @@ def test_outcomes_of_a_run_that_was_stopped(tmp_path: Path) -> None:
 
 def test_pytest_writes_its_outcomes(tmp_path: Path) -> None:
     outcomes = tmp_path / "outcomes.jsonl"
-    words = [f"{ROOT}/tests/test_comparators.py", "-k", "rejects_wrong_shape"]
+    words = [f"{ROOT}/tests/backends/test_comparators.py", "-k", "rejects_wrong_shape"]
     command, _ = table._pytest("x", ROOT, tmp_path, "cpu", words, 1)
     command[command.index("--outcomes") + 1] = str(outcomes)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

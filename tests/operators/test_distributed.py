@@ -1,22 +1,21 @@
 """Operators over gloo process groups of two and three processes, against one process.
 
-``torchrun`` starts tests/distributed_worker.py once per number of processes; all its scenarios are
-run there, and the tests look at what every process saved.
+``torchrun`` starts distributed_worker.py once per number of processes; all its scenarios are run
+there, and the tests look at what every process saved.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_worker
 import pytest
 import torch
 from dense import close, convnet, dense, perceptron, tangents
 from distributed_worker import CASES, SAMPLES, Results, algorithms, data_of, operator, values
+from ranks import torchrun
 from torch import nn
 
 import hvpfast as hf
@@ -24,18 +23,8 @@ from hvpfast.bench.command import main
 from hvpfast.bench.suites import distributed as suite
 from hvpfast.operators import distributed
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(distributed_worker.__file__)
 KINDS = hf.HessianOperator, hf.GGNOperator
-
-
-def torchrun(size: int, *program: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a program in ``size`` processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*run, f"--nproc-per-node={size}", *map(str, program)]
-    package = Path(hf.__file__).resolve().parents[1]
-    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -1,7 +1,7 @@
 """A pytest plugin: backend "cuda" runs on CPU tensors, its kernels emulated on the host.
 
 ``HVPFAST_CUDA_EMULATED`` is the path of the module, which CMake builds with the option of this name
-(tests/test_cuda_emulated.py does). A library that stands in for cuBLAS lies beside it; with
+(test_cuda_emulated.py does). A library that stands in for cuBLAS lies beside it; with
 ``HVPFAST_CUDA_EMULATED_BLAS=1`` it computes every product that is a launch of its own.
 """
 

@@ -23,7 +23,7 @@ from hvpfast.studies.flatness import experiment as flatness
 from hvpfast.studies.flatness import measure as flatness_measures
 from hvpfast.studies.flatness import timing
 from hvpfast.studies.flatness import train as flatness_training
-from tests.helpers import dense_ggn, dense_hessian
+from tests.support.helpers import dense_ggn, dense_hessian
 
 pytest.importorskip("matplotlib")
 

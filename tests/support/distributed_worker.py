@@ -1,4 +1,4 @@
-"""What one process of tests/test_distributed.py does: started by torchrun, it saves what it saw.
+"""What one process of test_distributed.py does: started by torchrun, it saves what it saw.
 
     torchrun ... distributed_worker.py FOLDER [SCENARIO]
 

@@ -1,4 +1,4 @@
-"""Run by tests/test_cuda_emulated.py: the CUDA engine with a library in the place of cuBLAS.
+"""Run by test_cuda_emulated.py: the CUDA engine with a library in the place of cuBLAS.
 
 No network is small here: every product is a launch of its own.
 """

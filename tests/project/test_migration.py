@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_compat_packages import real
-from test_distributed import torchrun
+from packages import real
+from ranks import torchrun
 
 import hvpfast as hf
 
-TEXT = (Path(__file__).resolve().parents[1] / "docs" / "migration.md").read_text()
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text()
 BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
 BLOCKS = [(needs, code) for needs, code in BLOCK.findall(TEXT)]
 

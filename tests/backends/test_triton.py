@@ -50,7 +50,7 @@ def test_kernels_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, *bodies, str(TESTS / "test_triton_kernels.py")],
-        env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False,
+        env=environment, capture_output=True, text=True, cwd=TESTS.parents[1], check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.strip().splitlines()[-1]

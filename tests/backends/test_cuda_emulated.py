@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("pybind11", reason="the emulated kernels are built with pybind11")
 
 
@@ -46,7 +46,9 @@ def run_emulated(
 ) -> str:
     """Output of a pytest run in which backend "cuda" is the emulated one."""
     command = [sys.executable, "-m", "pytest", "-p", "cuda_emulated", "-q", *arguments]
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    )
     env = os.environ | {
         "HVPFAST_CUDA_EMULATED": str(module),
         "HVPFAST_CUDA_EMULATED_SHARED": str(shared_bytes),
@@ -69,7 +71,7 @@ def test_conformance(emulated: Path, path: str) -> None:
     """
     output = run_emulated(
         emulated,
-        *("tests/test_conformance.py", "-k", "cuda", "-rs"),
+        *("tests/backends/test_conformance.py", "-k", "cuda", "-rs"),
         shared_bytes=96 << 10 if path == "small" else 0,
         blas=path == "cublas",
     )
@@ -83,6 +85,6 @@ def test_conformance(emulated: Path, path: str) -> None:
 def test_behaviour(emulated: Path, body: str) -> None:
     """What these files say of models, errors, failures of runtime and cuBLAS, and formulas."""
     shared_bytes = 0 if body == "cuda_blas" else 96 << 10
-    output = run_emulated(emulated, f"tests/{body}.py", "-rs", shared_bytes=shared_bytes)
+    output = run_emulated(emulated, f"tests/backends/{body}.py", "-rs", shared_bytes=shared_bytes)
     assert "SKIPPED" not in output, output
     assert "passed" in output, output

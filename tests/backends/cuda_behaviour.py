@@ -1,6 +1,6 @@
 """The CUDA engine beyond the conformance body: on emulated kernels, or with --device cuda on a GPU.
 
-Run by tests/test_cuda_emulated.py and by benchmarks/gpu_check. Calls of the runtime fail, and
+Run by test_cuda_emulated.py and by benchmarks/gpu_check. Calls of the runtime fail, and
 machines and addresses are made up, on emulated kernels only.
 """
 
