@@ -17,16 +17,25 @@ from hvpfast.analysis.estimators import (
 )
 from hvpfast.analysis.tracking.logger import CurvatureLogger, read_log
 from hvpfast.backends import available
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probes
+from hvpfast.backends.probes.draw import probes
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.functional.cuda_graphs import CapturedHVP, CapturedStep
 from hvpfast.functional.hessian_penalty import hessian_penalty
 from hvpfast.functional.linearization import Linearization
-from hvpfast.functional.linearize import ggnvp, hvp, hvp_vjp, linearize, penalty, quadratic_form
-from hvpfast.functional.many_models import ModelsLinearization, ModelsOperator
+from hvpfast.functional.linearize import linearize
+from hvpfast.functional.many_models import ModelsLinearization
+from hvpfast.functional.penalty import penalty
+from hvpfast.functional.products import (
+    ggnvp,
+    hvp,
+    hvp_vjp,
+    quadratic_form,
+)
 from hvpfast.mlp.checks import SlowBackendWarning
 from hvpfast.mlp.module import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
 from hvpfast.operators.distributed import DistributedError, shard
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
+from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 __all__ = [

@@ -13,15 +13,14 @@ returns the :class:`ModelsState` of M points, and model m's results are those of
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
-from torch import Tensor
 
-from hvpfast.backends.probes.draw import ProbeSource
-from hvpfast.mlp.spec import MLPSpec, check_choice
+from hvpfast.backends.contract import Backend
+from hvpfast.mlp.spec import MLPSpec
+from hvpfast.utils.choice import check_choice
 
 # "auto" takes the first that can run and supports the case.
 BACKENDS = {  # in the order of "auto"; each name and its module below this package
@@ -31,169 +30,6 @@ BACKENDS = {  # in the order of "auto"; each name and its module below this pack
     "triton_tf32x3": "triton.tf32x3",
     "reference": "reference.state",
 }
-
-
-class PenaltyState(Protocol):
-    """A curvature penalty at one point, before its gradient."""
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalty, 0-dim."""
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
-
-
-class State(Protocol):
-    """A linearisation at one point; K tangents are contiguous rows (K, P).
-
-    It may also have ``explain()``: lines on how it runs, for ``Linearization.explain()``.
-    """
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-
-    @property
-    def loss_value(self) -> float:
-        """The loss as a number."""
-
-    @property
-    def normalizer(self) -> float:
-        """What the sum of losses was divided by."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the state keeps alive beyond its inputs, in bytes."""
-
-    def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """Third-order product d sum_k <u_k, H v_k> / d params with u_k, v_k held fixed, (P,)."""
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
-        """The penalty for probes given as rows (K, P) or as their source, K >= 1."""
-
-    # Exact curvature, of multilayer perceptrons only: NotImplementedError elsewhere. ``chosen``
-    # has one flag per tensor [W1, b1, ...]: H is the block of the tensors with True, one or more.
-
-    def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """The trace of each sample's part of H, (N,)."""
-
-    def diagonal(self, ggn: bool) -> Tensor:
-        """The diagonal of H over all tensors, (P,)."""
-
-    def inner_product(self, other: Any, ggn: bool, chosen: Sequence[bool]) -> float:
-        """tr H G of H here and G at another state of the same backend and network."""
-
-    def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> PenaltyState:
-        """tr H (kind "trace") or tr H^2 ("fro2")."""
-
-
-class ModelsPenalty(Protocol):
-    """The curvature penalties of M models, before their gradients."""
-
-    @property
-    def loss(self) -> Tensor:
-        """The losses, (M,)."""
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalties, (M,)."""
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradients d(g_loss * loss_m + g_penalty * penalty_m) / d params_m, (M, P)."""
-
-
-class ModelsState(Protocol):
-    """Linearisations of M models of one network, each at its own parameters; contiguous tensors.
-
-    Labels out of range, and a mean over no targets, are errors like those of one model; where the
-    models have their own targets, y (M, N), the message begins with ``model m:``, m the first such
-    model. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
-    It may also have ``explain()``, as a :class:`State` may.
-    """
-
-    @property
-    def loss(self) -> Tensor:
-        """The losses, (M,), of the parameters' dtype and device."""
-
-    @property
-    def normalizers(self) -> Tensor:
-        """What each model's sum of losses was divided by, (M,) float64."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the state keeps alive beyond its inputs, in bytes."""
-
-    def gradient(self) -> Tensor:
-        """Gradients d loss_m / d params_m, (M, P)."""
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H_m v_mk, or with ``ggn`` G_m v_mk, for rows (M, K, P), K >= 0: (M, K, P)."""
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_mk' H_m v_mk for rows (M, K, P), K >= 0: (M, K)."""
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_mk, H_m v_mk> / d params_m with u, v (M, K, P) held fixed: (M, P)."""
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ModelsPenalty:
-        """(1/K) sum_k ||H_m v_mk||^2 for probes given as rows (M, K, P) or as their source, K >= 1.
-
-        Of a source, model m has the K = num_probes probes from ``first + m K`` on, as in
-        ``source.of_model(m)``; the caller checked that the last index is below 2**32.
-        """
-
-
-def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
-    """What an exact value is called in messages."""
-    of = "tr H" if kind == "trace" else "tr H^2"
-    network = "-".join(str(d) for d in spec.sizes)
-    return f"the {'gradient of the ' if gradient else ''}exact {of} of a {network} perceptron"
-
-
-class Backend(Protocol):
-    """What the module of a backend provides.
-
-    It may also have ``NAMED_ONLY``: why "auto" passes it over though it can run, or None.
-    """
-
-    NAME: str
-
-    def unavailable(self) -> str | None:
-        """Why the backend cannot run on this machine, or None if it can."""
-
-    def unsupported(
-        self, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
-        """Why the backend cannot take this case (spec None: not an MLP), or None if it can."""
-
-    def linearize(
-        self, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
-    ) -> State:
-        """The state at ``params``; ``order`` 2 keeps only what hvp and quadratic need."""
-
-    def linearize_models(
-        self, spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
-    ) -> ModelsState:
-        """The states of M models at ``params`` (M, P), M >= 1.
-
-        x is (M, N, D[0]), or (N, D[0]) for samples that all models share; y is (M, N) or (N,) for
-        cross_entropy, (M, N, D[L]) or (N, D[L]) for mse, shared or not whatever x is. All are
-        contiguous.
-        """
 
 
 @dataclass(frozen=True)

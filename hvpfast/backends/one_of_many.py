@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from hvpfast.backends import ModelsPenalty, ModelsState
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.contract import ModelsPenalty, ModelsState
+from hvpfast.backends.probes.source import ProbeSource
 
 Models = TypeVar("Models", bound=ModelsState)
 

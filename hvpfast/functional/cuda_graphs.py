@@ -19,10 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed
-from hvpfast.backends.probes.torch import draw
+from hvpfast.backends.probes.draw import draw
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.functional.linearization import Linearization
-from hvpfast.functional.linearize import ggnvp, hvp, linearize, penalty
+from hvpfast.functional.linearize import linearize
+from hvpfast.functional.penalty import penalty
+from hvpfast.functional.products import ggnvp, hvp
 from hvpfast.mlp.checks import (
     check_batch,
     check_curvature,

@@ -21,16 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hvpfast.backends import BACKENDS, PenaltyState
+from hvpfast.backends import BACKENDS
+from hvpfast.backends.contract import PenaltyState
 from hvpfast.backends.reference import state as reference
 from hvpfast.functional import linearize
 from hvpfast.functional.linearization import versions
-from hvpfast.functional.penalty import check_kind, chosen_tensors, exact_value, penalty_of
+from hvpfast.functional.penalty import (
+    check_kind,
+    chosen_tensors,
+    exact_value,
+    penalty_of,
+    penalty_probes,
+    penalty_state,
+)
 from hvpfast.functional.torch_ops import ops
 from hvpfast.mlp.checks import check_curvature, check_deterministic_modules, warn_slow
 from hvpfast.mlp.module import NotAnMLPError, spec_of
 from hvpfast.mlp.recognised import plan_of
-from hvpfast.mlp.spec import check_choice, split_flat
+from hvpfast.mlp.spec import split_flat
+from hvpfast.utils.choice import check_choice
 
 _compiling = torch.compiler.is_compiling
 _transforming = torch._C._are_functorch_transforms_active
@@ -140,9 +149,7 @@ def hessian_penalty(
             return lin.loss, exact_value(lin, kind, ggn, chosen)
         state = lin.state.exact_penalty(kind, ggn, chosen)
     else:
-        state = linearize.penalty_state(
-            lin, tangents, num_probes, distribution, _seed_value(seed), ggn, kind
-        )
+        state = penalty_state(lin, tangents, num_probes, distribution, _seed_value(seed), ggn, kind)
     return _recorded(state, plan.layout, (x, y), params)
 
 
@@ -348,7 +355,7 @@ def _by_reference(
         raise ValueError(f"the loss is {loss}; parameters, inputs and targets must be finite")
     tangents, seed, num_probes, distribution = draw
     numels = [p.numel() for p in params]
-    probes = linearize.penalty_probes(
+    probes = penalty_probes(
         params[0], sum(numels), tangents, num_probes, distribution, _seed_value(seed)
     )
     fixed = [t for t in tree_leaves((x, y, tangents)) if isinstance(t, Tensor)]

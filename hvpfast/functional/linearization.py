@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvpfast import backends
+from hvpfast.backends.contract import ModelsState, State
 from hvpfast.mlp.spec import MLPSpec
 
 __all__ = ["Linearization", "versions"]
@@ -32,7 +33,7 @@ class Linearization:
     def __init__(
         self,
         spec: MLPSpec,
-        state: backends.State | None,
+        state: State | None,
         choice: backends.Choice,
         order: int,
         like: Tensor,
@@ -45,7 +46,7 @@ class Linearization:
         self._versions = versions(inputs)
 
     @property
-    def state(self) -> backends.State:
+    def state(self) -> State:
         """The backend's state; rows (K, P) inside."""
         if self._state is None:
             raise RuntimeError(
@@ -116,7 +117,7 @@ class Linearization:
         return "\n".join(lines if more is None else [*lines, *more()])
 
     @property
-    def _any_state(self) -> backends.State | backends.ModelsState | None:
+    def _any_state(self) -> State | ModelsState | None:
         """The state, of one model or of many."""
         return self._state
 

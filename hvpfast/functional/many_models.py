@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from hvpfast import backends
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probes_of_models
+from hvpfast.backends.contract import ModelsPenalty, ModelsState
+from hvpfast.backends.probes.draw import probes_of_models
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.functional.linearization import Linearization
-from hvpfast.mlp.checks import check_curvature
-from hvpfast.mlp.model_checks import model_rows
+from hvpfast.mlp.checks import model_rows
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
-
-__all__ = ["ModelsLinearization", "ModelsOperator"]
 
 _MOST_PROBES = 2**32  # of one seed
 
@@ -48,7 +46,7 @@ class ModelsLinearization(Linearization):
     def __init__(
         self,
         spec: MLPSpec,
-        models: backends.ModelsState,
+        models: ModelsState,
         choice: backends.Choice,
         order: int,
         params: Tensor,
@@ -80,7 +78,7 @@ class ModelsLinearization(Linearization):
         return f"{self.num_models} models at once: {super().explain()}"
 
     @property
-    def _any_state(self) -> backends.ModelsState:
+    def _any_state(self) -> ModelsState:
         """The state, of one model or of many."""
         return self.models
 
@@ -129,7 +127,7 @@ class ModelsLinearization(Linearization):
         seed: int | None,
         ggn: bool,
         kind: str,
-    ) -> backends.ModelsPenalty:
+    ) -> ModelsPenalty:
         """The values of the penalties, with gradients for weights that come later."""
         self.check_third_order("penalty")
         probes: Tensor | ProbeSource
@@ -186,7 +184,7 @@ def check_probe_count(num_models: int, num_probes: int) -> None:
 class TracePenalties:
     """(1/K) sum_k v_mk' H_m v_mk of M models, before gradients; v are rows (M, K, P)."""
 
-    def __init__(self, models: backends.ModelsState, rows: Tensor, ggn: bool) -> None:
+    def __init__(self, models: ModelsState, rows: Tensor, ggn: bool) -> None:
         self._models, self._rows, self._ggn = models, rows, ggn
         self._values = models.quadratic(rows, ggn).mean(1)
 
@@ -205,82 +203,3 @@ class TracePenalties:
         third = self._models.hvp_vjp(self._rows, self._rows, self._ggn)
         third.mul_(g_penalty / self._rows.shape[1])
         return third.add_(self._models.gradient(), alpha=g_loss)
-
-
-class ModelsOperator:
-    """The Hessians, or Gauss-Newton matrices, of M models as one operator (M, P, P).
-
-    ``A @ V`` takes V (M, P), or columns (M, P, K), and multiplies each model's part by its own
-    matrix. ``hvpfast.trace``, ``frobenius_sq``, ``frobenius_norm``, ``diagonal``, ``row_norms_sq``
-    and ``estimate_all`` take it with ``method="hutchinson"``: results have M in front.
-
-    Args:
-        lin: from :func:`hvpfast.linearize` with parameters (M, P); ``order=2`` is enough.
-        curvature: ``"hessian"`` or ``"ggn"``.
-
-    Raises:
-        TypeError: ``lin`` is not of many models.
-        ValueError: no such curvature.
-    """
-
-    __array_ufunc__ = None  # NumPy leaves numpy_array @ A to A, which refuses it
-
-    def __init__(self, lin: Linearization, curvature: str = "hessian") -> None:
-        self._ggn = check_curvature(curvature)
-        if not isinstance(lin, ModelsLinearization):
-            raise TypeError(
-                "ModelsOperator takes what linearize returns for parameters (M, P); got "
-                f"{type(lin).__name__}. For one model use HessianOperator or GGNOperator"
-            )
-        self._lin = lin
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(M, P, P)."""
-        return self._lin.num_models, self._lin.num_params, self._lin.num_params
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of tangents and products."""
-        return self._lin.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of tangents and products."""
-        return self._lin.device
-
-    @property
-    def backend(self) -> str:
-        """Name of the backend that runs."""
-        return self._lin.backend
-
-    def __matmul__(self, tangents: Tensor) -> Tensor:
-        """``A @ V``, shaped as V.
-
-        Raises:
-            TypeError: tangents of another kind, dtype or device.
-            ValueError: tangents of another shape.
-            RuntimeError: the point was changed in place after linearize.
-        """
-        return self._lin.product(tangents, self._ggn)
-
-    def quadratic_form(self, tangents: Tensor) -> Tensor:
-        """``v' A v`` without forming ``A v``: (M,) for (M, P), (M, K) for (M, P, K)."""
-        return self._lin.quadratic(tangents, self._ggn)
-
-    def product_rows(self, rows: Tensor) -> Tensor:
-        """Rows A t_mk for contiguous rows (M, K, P)."""
-        return self._lin.product_rows(rows, self._ggn)
-
-    def quadratic_rows(self, rows: Tensor) -> Tensor:
-        """t_mk' A t_mk, (M, K), for contiguous rows (M, K, P)."""
-        return self._lin.quadratic_rows(rows, self._ggn)
-
-    def explain(self) -> str:
-        """What runs where and why."""
-        kind = "generalised Gauss-Newton matrices" if self._ggn else "Hessians"
-        return f"{kind} of {self._lin.explain()}"
-
-    def __repr__(self) -> str:
-        M, P, _ = self.shape
-        return f"<ModelsOperator, {M} models of {P}x{P}, {self.dtype} on {self.device}>"

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvpfast.backends import PenaltyState, State
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
-from hvpfast.mlp.spec import check_choice
+from hvpfast.backends.contract import PenaltyState, State
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
+from hvpfast.functional.many_models import ModelsLinearization
+from hvpfast.mlp.checks import check_curvature, tangent_rows
+from hvpfast.utils.choice import check_choice
 
 if TYPE_CHECKING:
     from hvpfast.functional.linearization import Linearization
@@ -83,3 +86,105 @@ def check_kind(kind: str, estimator: str, tangents: Tensor | None) -> None:
     check_choice("estimator", estimator, ESTIMATORS)
     if estimator == "exact" and tangents is not None:
         raise ValueError("estimator='exact' takes no tangents; drop them, or use 'hutchinson'")
+
+
+_NO_EXACT = (
+    "estimator='exact' takes one model at a time; for many use estimator='hutchinson', or "
+    "linearize(spec, params[m], ...) for each"
+)
+
+
+def penalty(
+    lin: Linearization,
+    tangents: Tensor | None = None,
+    *,
+    num_probes: int = 1,
+    distribution: str = "rademacher",
+    seed: int | None = None,
+    weights: tuple[float, float] = (1.0, 1.0),
+    curvature: str = "hessian",
+    kind: str = "fro2",
+    estimator: str = "hutchinson",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Curvature penalty with the loss and one gradient of both.
+
+    The penalty of kind "fro2" is (1/K) sum_k ||H v_k||^2, whose mean over random probes is the
+    squared Frobenius norm of H; that of kind "trace" is (1/K) sum_k v_k' H v_k, of mean tr H.
+    The estimator "exact" takes these means themselves, without probes.
+
+    Args:
+        lin: from :func:`linearize` with ``order=3``.
+        tangents: probes v, (P,) or columns (P, K), K >= 1; None to have them drawn. For M models
+            (M, P) or (M, P, K).
+        num_probes: how many to draw.
+        distribution: ``"rademacher"`` or ``"normal"``. A backend may draw normal probes in
+            another basis: same distribution, other numbers than :func:`hvpfast.probes`.
+        seed: of the drawn probes, in [0, 2**64); None takes fresh entropy. Of M models, model m has
+            the K probes from number m K on: ``hvpfast.probes(P, K, seed=seed, first=m * K)``.
+        weights: (w_loss, w_penalty) of the gradient.
+        curvature: ``"hessian"`` or ``"ggn"``.
+        kind: ``"fro2"`` or ``"trace"``.
+        estimator: ``"hutchinson"`` or ``"exact"``; the work of the exact ``fro2`` grows with the
+            square of the number of samples.
+
+    Returns:
+        (loss, penalty, gradient of w_loss * loss + w_penalty * penalty): 0-dim, 0-dim, (P,); for M
+        models (M,), (M,), (M, P).
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+        RuntimeError: ``order=2``, or the point was changed in place after linearize.
+        MemoryError: ``estimator="exact"`` where the scratch memory of a few samples is not there.
+        NotImplementedError: ``estimator="exact"`` for M models.
+    """
+    check_kind(kind, estimator, tangents)
+    ggn = check_curvature(curvature)
+    if isinstance(lin, ModelsLinearization):
+        if estimator == "exact":
+            raise NotImplementedError(_NO_EXACT)
+        own = lin.penalty(tangents, num_probes, distribution, seed, ggn, kind)
+        gradient = own.gradient(float(weights[0]), float(weights[1]))
+        return own.loss.clone(), own.penalty.clone(), gradient
+    if estimator == "exact":
+        lin.check_third_order("penalty")
+        lin.check_current()
+        result = lin.state.exact_penalty(kind, ggn, [True] * len(lin.spec.shapes))
+    else:
+        result = penalty_state(lin, tangents, num_probes, distribution, seed, ggn, kind)
+    return result.loss, result.penalty, result.gradient(float(weights[0]), float(weights[1]))
+
+
+def penalty_state(
+    lin: Linearization,
+    tangents: Tensor | None,
+    num_probes: int,
+    distribution: str,
+    seed: int | None,
+    ggn: bool,
+    kind: str = "fro2",
+) -> PenaltyState:
+    """The values of :func:`penalty`, with the gradient for weights that come later."""
+    lin.check_third_order("penalty")
+    probes = penalty_probes(lin.like, lin.num_params, tangents, num_probes, distribution, seed)
+    lin.check_current()
+    return penalty_of(lin.state, kind, probes, ggn, lin.like, lin.num_params)
+
+
+def penalty_probes(
+    like: Tensor,
+    num_params: int,
+    tangents: Tensor | None,
+    num_probes: int,
+    distribution: str,
+    seed: int | None,
+) -> Tensor | ProbeSource:
+    """Tangents (P,) or (P, K) as rows (K, P), or the source of the probes to draw; K >= 1."""
+    probes: Tensor | ProbeSource
+    if tangents is not None:
+        probes = tangent_rows(tangents, num_params, like)
+        num_probes = probes.shape[0]
+    else:
+        probes = ProbeSource(num_probes, distribution, fresh_seed() if seed is None else seed)
+    if num_probes < 1:
+        raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
+    return probes

@@ -33,11 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.backends import PenaltyState
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probe_rows
-from hvpfast.functional import linearize
+from hvpfast.backends.contract import PenaltyState
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
+from hvpfast.functional import linearize, products
 from hvpfast.functional import torch_ops_rules as rules
 from hvpfast.functional.linearization import Linearization
+from hvpfast.functional.penalty import penalty_state
 from hvpfast.mlp.spec import MLPSpec
 
 ops = torch.ops.hvpfast
@@ -100,14 +102,14 @@ def _hvp(
     params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(linearize.hvp(lin, _columns(tangents, spec)))
+    return _rows(products.hvp(lin, _columns(tangents, spec)))
 
 
 def _ggnvp(
     params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(linearize.ggnvp(lin, _columns(tangents, spec)))
+    return _rows(products.ggnvp(lin, _columns(tangents, spec)))
 
 
 def _quadratic(
@@ -120,7 +122,7 @@ def _quadratic(
     backend: str = "auto",
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return linearize.quadratic_form(lin, _columns(tangents, spec), curvature=_curvature(ggn))
+    return products.quadratic_form(lin, _columns(tangents, spec), curvature=_curvature(ggn))
 
 
 def _hvp_vjp(
@@ -134,7 +136,7 @@ def _hvp_vjp(
     backend: str = "auto",
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 3)
-    return linearize.hvp_vjp(
+    return products.hvp_vjp(
         lin,
         _columns(tangents, spec),
         _columns(cotangents, spec, "cotangents"),
@@ -163,7 +165,7 @@ def _penalty_state(
     lin = _linearize(params, x, y, spec, backend, 3)
     columns = None if tangents is None else _columns(tangents, spec)
     value = None if seed is None else int(seed) % 2**64  # int64 holds seeds in two's complement
-    return linearize.penalty_state(lin, columns, num_probes, distribution, value, ggn)
+    return penalty_state(lin, columns, num_probes, distribution, value, ggn)
 
 
 def _penalty(

@@ -22,12 +22,12 @@ from hvpfast.mlp.spec import (
     LOSSES,
     REDUCTIONS,
     MLPSpec,
-    check_choice,
     check_sizes,
     forward,
     layer_shapes,
     split_flat,
 )
+from hvpfast.utils.choice import check_choice
 
 __all__ = [
     "ACTIVATIONS",

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvpfast.utils.choice import check_choice
+
 
 def _gelu_tanh(z: Tensor) -> Tensor:
     # F.gelu(z, approximate="tanh"), whose third derivative in torch is NaN where tanh saturates
@@ -167,12 +169,6 @@ def _spec_from_key(key: str) -> MLPSpec:
     fields = json.loads(key)
     fields["sizes"] = tuple(fields["sizes"])
     return MLPSpec(**fields)
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

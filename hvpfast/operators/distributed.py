@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.reduction import map_tensors, tensors_in
 
 __all__ = ["DistributedError", "Group", "checksum", "settings_of", "shard", "together"]

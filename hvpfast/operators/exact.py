@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpfast.backends import State
+from hvpfast.backends.contract import State
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.linearized_data import Points
 from hvpfast.operators.objective import MLPProblem

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hvpfast.backends import State
+from hvpfast.backends.contract import State
 from hvpfast.mlp.checks import check_deterministic_modules
 from hvpfast.mlp.module import MLP
 from hvpfast.operators.base import LinearOperator

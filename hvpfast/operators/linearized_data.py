@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.backends import State
+from hvpfast.backends.contract import State
 from hvpfast.operators.data import Batches
 from hvpfast.operators.distributed import Group, checksum
 from hvpfast.operators.objective import FunctionProblem, MLPProblem, Watch

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.base import LinearOperator
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 

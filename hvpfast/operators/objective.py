@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast import backends
+from hvpfast.backends.contract import State
 from hvpfast.backends.reference import state as reference
 from hvpfast.functional import linearize
 from hvpfast.mlp.checks import check_deterministic_modules, warn_slow
@@ -66,7 +67,7 @@ class MLPProblem:
         """Take the present values of the parameters (without a copy where the dtype is theirs)."""
         self._params = [t.detach().to(self.dtype) for t in self._own]
 
-    def linearize(self, batch: Batch) -> backends.State:
+    def linearize(self, batch: Batch) -> State:
         """The state of one batch."""
         params = self._params[0] if self._flat else self._params
         lin = linearize.linearize(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hvpfast.backends.probes.draw import fresh_seed
+from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.optim import diagonals
 
 

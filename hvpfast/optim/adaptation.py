@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hvpfast.backends.probes.draw import fresh_seed
-from hvpfast.mlp.spec import check_choice
+from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.optim import diagonals
+from hvpfast.utils.choice import check_choice
 
 CURVATURES = ("difference", "secant", "hutchinson", "exact")
 

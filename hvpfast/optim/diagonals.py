@@ -15,7 +15,7 @@ from torch import Tensor
 from hvpfast.analysis.estimators import diagonal
 from hvpfast.backends.probes.draw import probes
 from hvpfast.functional.linearization import Linearization
-from hvpfast.functional.linearize import hvp
+from hvpfast.functional.products import hvp
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
 

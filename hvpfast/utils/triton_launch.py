@@ -1,7 +1,9 @@
-"""How a kernel is started: the one place through which every launch goes."""
+"""Whether Triton can run, and how its kernels are started: every launch goes through here."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """None, or why Triton cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install hvpfast[triton]"
+    if INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return (
+            "this build of torch has no CUDA; for tests, Triton's interpreter runs on CPU tensors "
+            "when TRITON_INTERPRET=1 is set before Python starts"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA device can be used: none is visible, or its driver is too old for torch"
+    return None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from hvpfast.analysis.estimators import (
     trace,
 )
 from hvpfast.analysis.estimators.subspace import orthonormal_rows, project_out, row_products
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 TRUTH = {

@@ -19,7 +19,8 @@ from torch import Tensor
 import hvpfast as hf
 from hvpfast.backends.cuda import many as cuda_models
 from hvpfast.backends.cuda import state as cuda
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 
 ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)

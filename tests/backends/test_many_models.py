@@ -15,7 +15,7 @@ from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.backends import BACKENDS
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.probes.source import ProbeSource
 
 CURVATURES = ("hessian", "ggn")
 WEIGHTS = (0.75, 1.5)

@@ -8,7 +8,7 @@ from many_models import Models, few, linearize
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.mlp.model_checks import check_models
+from hvpfast.mlp.checks import check_models
 
 on_each = pytest.mark.parametrize(
     "backend", [name for name, reason in hf.available().items() if reason is None]

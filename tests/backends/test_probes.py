@@ -8,14 +8,10 @@ import scipy.stats
 import torch
 
 import hvpfast as hf
-from hvpfast.backends.probes.draw import (
-    ProbeSource,
-    _words,
-    numpy_rows,
-    philox,
-    probe_rows,
-    probes_of_models,
-)
+from hvpfast.backends.probes import draw as drawing
+from hvpfast.backends.probes.draw import probe_rows, probes_of_models
+from hvpfast.backends.probes.numpy import _words, numpy_rows, philox
+from hvpfast.backends.probes.source import ProbeSource
 
 DISTRIBUTIONS = ("rademacher", "normal")
 
@@ -73,7 +69,7 @@ def test_normal_matches_float64_box_muller() -> None:
 
 def test_normal_extreme_words() -> None:
     """The least and the largest uniform give the largest radius and 0, both finite."""
-    from hvpfast.backends.probes.draw import _cos_sin, _radius
+    from hvpfast.backends.probes.numpy import _cos_sin, _radius
 
     words = np.array([0, 0xFFFFFFFF, 0x80000000, 0x00000100, 0x7FFFFFFF], np.uint32)
     u = ((words.astype(np.int64) >> 8) + 1) / 2**24
@@ -214,16 +210,14 @@ def test_probes_of_models(distribution: str, dtype: torch.dtype) -> None:
 
 
 def test_a_gpu_draws_its_own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvpfast.backends.probes import torch as device_probes
-
     asked: list[tuple[object, ...]] = []
 
     def drawn_there(*arguments: object) -> torch.Tensor:
         asked.append(arguments)
         return torch.zeros(3, 2, 5)
 
-    monkeypatch.setattr(device_probes, "kernels_run_on", lambda device: device.type == "cuda")
-    monkeypatch.setattr(device_probes, "rows_of_models", drawn_there)
+    monkeypatch.setattr(drawing, "kernels_run_on", lambda device: device.type == "cuda")
+    monkeypatch.setattr(drawing, "rows_of_models", drawn_there)
     source, gpu = ProbeSource(2, "normal", 3, 7), torch.device("cuda")
     assert probe_rows(source, 5, torch.float32, "cuda").shape == (2, 5)
     assert probes_of_models(source, 9, 3, 5, torch.float64, gpu).shape == (3, 2, 5)

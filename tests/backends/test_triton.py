@@ -21,6 +21,7 @@ from hvpfast.backends.cuda import state as cuda
 from hvpfast.backends.triton import state as triton
 from hvpfast.backends.triton import tf32x3
 from hvpfast.mlp.spec import ACTIVATIONS
+from hvpfast.utils import triton_launch
 
 TESTS = Path(__file__).parent
 BACKENDS = Path(hf.__file__).parent / "backends"
@@ -60,7 +61,7 @@ def test_kernels_interpreted() -> None:
 
 
 def test_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     assert "pip install hvpfast[triton]" in str(triton.unavailable())
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
@@ -91,7 +92,7 @@ def test_unsupported(
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert reason in str(triton.unsupported(spec, torch.device(device), dtype))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -156,7 +157,7 @@ def kernel_names() -> set[str]:
     return names
 
 
-@pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.skipif(triton_launch.INTERPRETED, reason="interpreted kernels cannot be compiled")
 def test_kernels_compile_without_spills() -> None:
     """Every variant in float32 for sm_90, and of every kernel the largest variant elsewhere.
 
@@ -179,7 +180,7 @@ def test_kernels_compile_without_spills() -> None:
     assert all(0 < r["registers"] <= 255 and r["shared_bytes"] <= 99 * 1024 for r in records)
 
 
-@pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.skipif(triton_launch.INTERPRETED, reason="interpreted kernels cannot be compiled")
 def test_a_spill_is_seen() -> None:
     """A tile too large for its threads: the figures are not zero by themselves."""
     pytest.importorskip("triton")
@@ -195,7 +196,7 @@ def test_a_spill_is_seen() -> None:
     assert record.spill_loads > 0
 
 
-@pytest.mark.skipif(triton.INTERPRETED, reason="interpreted kernels cannot be compiled")
+@pytest.mark.skipif(triton_launch.INTERPRETED, reason="interpreted kernels cannot be compiled")
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_products_have_the_named_precision(precision: str) -> None:
     """Tensor cores multiply TF32 numbers, three products for one, only where that is asked for."""
@@ -214,9 +215,9 @@ def test_products_have_the_named_precision(precision: str) -> None:
 
 def test_tf32x3_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, device = hf.MLPSpec((3, 4)), torch.device("cuda")
-    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", True)
     assert "full precision" in str(tf32x3.unavailable())
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     assert tf32x3.unavailable() == triton.unavailable()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert tf32x3.unsupported(spec, device, torch.float32) is None

@@ -12,14 +12,16 @@ from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.backends.cpu import state as cpu
-from hvpfast.backends.probes.draw import ProbeSource, numpy_rows
+from hvpfast.backends.probes.numpy import numpy_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.reference import state as reference
 from hvpfast.backends.triton import state as triton
 from hvpfast.mlp.spec import ACTIVATION_TABLE, ACTIVATIONS
+from hvpfast.utils import triton_launch
 
 _reason = hf.available()["triton"]
 pytestmark = pytest.mark.skipif(_reason is not None, reason=f"triton: {_reason}")
-DEVICE = torch.device("cpu" if triton.INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if triton_launch.INTERPRETED else "cuda")
 CURVATURES = ("hessian", "ggn")
 
 
@@ -271,7 +273,7 @@ def test_exact_curvature_names_the_backends_that_have_it() -> None:
             call()
 
 
-@pytest.mark.skipif(not triton.INTERPRETED, reason="on CPU tensors the interpreter only")
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="on CPU tensors the interpreter only")
 def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = hf.MLPSpec((3, 4))
     monkeypatch.setattr(cpu, "unavailable", lambda: "not built")

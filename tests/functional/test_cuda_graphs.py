@@ -12,8 +12,10 @@ from recorded import Stand, stand_in
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends.probes.draw import ProbeSource, numpy_rows
-from hvpfast.backends.probes.torch import draw, draw_by_torch
+from hvpfast.backends.probes.draw import draw
+from hvpfast.backends.probes.numpy import numpy_rows
+from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.backends.probes.torch import draw_by_torch
 from hvpfast.utils import cuda_graph
 
 SPEC = hf.MLPSpec((5, 6, 4), "tanh")

@@ -20,7 +20,7 @@ from hvpfast.lab.environment import usable_cores
 from hvpfast.lab.runs import progress, sharing
 from hvpfast.lab.runs.folder import LOCK, RunFolder, StudyError
 from hvpfast.lab.runs.progress import Orphaned, Progress
-from hvpfast.lab.runs.run import Study, known_by_name, run
+from hvpfast.lab.runs.run import Study, found_elsewhere, run
 from hvpfast.lab.runs.sharing import Claims, Helpers, Team, team
 from hvpfast.studies.hessian_norm import experiment as hessian_norm
 
@@ -136,7 +136,7 @@ def test_helpers_stop_where_their_run_has_gone(tmp_path: Path) -> None:
 
 
 def test_helpers_are_ended_with_the_run(tmp_path: Path) -> None:
-    helpers = Helpers(tmp_path, 1)
+    helpers = Helpers(tmp_path, PLAIN.module, 1)
     helpers.start()
     helpers.start()
     assert len(helpers.processes) == 1
@@ -193,8 +193,8 @@ def test_rows_come_in_the_order_asked_and_finished_cells_are_not_made_again(tmp_
         headline=lambda found: "",
         artefacts=lambda path, records: (path / "one.png").write_bytes(b"\x89PNG") and None,
     )
-    assert not known_by_name(study)
-    assert known_by_name(PLAIN)
+    assert not found_elsewhere(study)
+    assert found_elsewhere(PLAIN)
     for resume in (False, True):
         report = run(study, Numbers(), tmp_path / "run", resume=resume, quiet=True, workers=2)
     assert made == ["c-2", "c-1", "c-0"]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.operators.matvecs import Products
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.mlp.module import MLP
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.base import LinearOperator

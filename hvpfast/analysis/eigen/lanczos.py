@@ -23,7 +23,8 @@ from torch import Tensor
 
 from hvpfast.analysis.eigen.basis import Basis
 from hvpfast.analysis.eigen.ritz import eigh, order_of
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products
 
 __all__ = ["Lanczos"]

@@ -16,9 +16,9 @@ from hvpfast.analysis.eigen.pairs import Pairs, find_pairs
 from hvpfast.analysis.eigen.result import EigenResult
 from hvpfast.analysis.eigen.ritz import WHICH, wanted
 from hvpfast.analysis.eigen.starts import start_rows
-from hvpfast.backends.probes.draw import fresh_seed
-from hvpfast.mlp.spec import check_choice
+from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.operators.matvecs import Products
+from hvpfast.utils.choice import check_choice
 from hvpfast.utils.memory import available_bytes, budget_of, bytes_text
 
 __all__ = ["eigsh"]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.operators.reduction import map_tensors
 

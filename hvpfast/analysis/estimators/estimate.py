@@ -18,9 +18,9 @@ from hvpfast.analysis.estimators.deflated import (
 from hvpfast.analysis.estimators.leave_one_out import xdiag, xtrace
 from hvpfast.analysis.estimators.result import Estimate, Estimates
 from hvpfast.analysis.estimators.sampling import Settings
-from hvpfast.functional.many_models import ModelsOperator
-from hvpfast.mlp.spec import check_choice
+from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import Products
+from hvpfast.utils.choice import check_choice
 
 __all__ = [
     "diagonal",

@@ -24,8 +24,10 @@ from hvpfast.analysis.estimators.sampling import (
     sample,
     scaled,
 )
-from hvpfast.backends.probes.draw import ProbeSource, probes_of_models
-from hvpfast.functional.many_models import ModelsOperator, check_probe_count
+from hvpfast.backends.probes.draw import probes_of_models
+from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.functional.many_models import check_probe_count
+from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 __all__ = ["ModelsEstimate", "estimate"]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from hvpfast.analysis.estimators.result import student_quantile
-from hvpfast.backends.probes.draw import ProbeSource, fresh_seed, probe_rows
-from hvpfast.mlp.spec import check_choice
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.operators.matvecs import Products
+from hvpfast.utils.choice import check_choice
 
 __all__ = [
     "EntryTally",

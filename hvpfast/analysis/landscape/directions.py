@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
-from hvpfast.mlp.spec import check_choice
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.parameters import Entry
+from hvpfast.utils.choice import check_choice
 
 __all__ = ["ignored_names", "ignored_words", "normalised", "orthogonal", "random_rows", "unit_text"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hvpfast.analysis.landscape.surface import Surface
-from hvpfast.mlp.spec import check_choice
 from hvpfast.utils import plotting
+from hvpfast.utils.choice import check_choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

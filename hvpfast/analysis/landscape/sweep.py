@@ -26,7 +26,7 @@ from hvpfast.analysis.landscape.directions import (
 )
 from hvpfast.analysis.landscape.losses import Losses
 from hvpfast.analysis.landscape.surface import Surface, load
-from hvpfast.backends.probes.draw import fresh_seed
+from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.mlp.module import MLP
 from hvpfast.operators.parameters import Entry, layers_of, select
 

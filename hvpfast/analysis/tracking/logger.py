@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.analysis.tracking.measures import QUANTITIES, Measurement
-from hvpfast.backends.probes.draw import fresh_seed
+from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.mlp.checks import check_curvature
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.parameters import select

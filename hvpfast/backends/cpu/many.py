@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, get_num_threads
 
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.probes.source import ProbeSource
 
 if TYPE_CHECKING:
     from hvpfast.backends import _cpu

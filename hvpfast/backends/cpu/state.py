@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from hvpfast.backends import State, exact_text
+from hvpfast.backends.contract import State, exact_text
 from hvpfast.backends.cpu.many import CpuModels
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.memory import LARGE_BYTES, check_scratch
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.streams import HiddenMemory
 from hvpfast.mlp.checks import label_message
 from hvpfast.mlp.spec import MLPSpec

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvpfast.backends import exact_text
+from hvpfast.backends.contract import exact_text
 from hvpfast.backends.cuda import many as cuda_models
 from hvpfast.backends.cuda.many import CudaModelsState
 from hvpfast.backends.one_of_many import OneModel

@@ -1,8 +1,7 @@
-"""Probes drawn on a GPU, bit for bit those of ``probes.py``.
+"""Probes by torch operations, on any device.
 
-Where Triton's kernels run they draw them, in one launch. For a CUDA graph the number of the first
-probe lies on the device, so that every replay draws new ones; without Triton's kernels torch
-operations do that: integers in int64, everything after them in float32, one rounding each.
+For a CUDA graph the number of the first probe lies on the device, so that every replay draws new
+ones. Integers are int64, everything after them is float32, one rounding each.
 """
 
 from __future__ import annotations
@@ -10,60 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpfast.backends.probes.draw import (
-    COS_COEFFICIENTS,
-    LOG_COEFFICIENTS,
-    SIN_COEFFICIENTS,
-    ProbeSource,
-)
-from hvpfast.backends.triton import state as triton
+from hvpfast.backends.probes.numpy import COS_COEFFICIENTS, LOG_COEFFICIENTS, SIN_COEFFICIENTS
 
 _MASK = 0xFFFFFFFF
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton's kernels draw on a device."""
-    return (
-        device.type == "cuda"
-        and triton.unavailable() is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
-def rows_of_models(
-    source: ProbeSource,
-    stride: int,
-    num_models: int,
-    num_params: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Rows (M, K, P): model m has the K probes of the seed from ``first + m stride`` on.
-
-    On a device where the kernels run; float32 and float64.
-    """
-    from hvpfast.backends.probes.triton import draw as draw_rows
-
-    rows = torch.empty(num_models, source.num_probes, num_params, dtype=dtype, device=device)
-    draw_rows(rows, source.distribution, source.seed, source.first, stride)
-    return rows
-
-
-def draw(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
-    """Write probes ``first`` ... ``first + K - 1`` of a seed into rows.
-
-    Args:
-        out: (K, P), floating point.
-        distribution: ``"rademacher"`` or ``"normal"``.
-        seed: in [0, 2**64).
-        first: 0-dim int64 on the device of ``out``; first + K <= 2**32.
-    """
-    if kernels_run_on(out.device):
-        from hvpfast.backends.probes.triton import draw as draw_rows
-
-        draw_rows(out.unsqueeze(0), distribution, seed, first)
-    else:
-        draw_by_torch(out, distribution, seed, first)
 
 
 def draw_by_torch(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:

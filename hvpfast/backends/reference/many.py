@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hvpfast.backends import PenaltyState, State
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.contract import PenaltyState, State
+from hvpfast.backends.probes.source import ProbeSource
 
 __all__ = ["ReferenceModels", "ReferenceModelsPenalty"]
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, func
 
-from hvpfast.backends.probes.draw import ProbeSource, probe_rows
+from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.reference import cores
 from hvpfast.backends.reference.cores import Cores
 from hvpfast.backends.reference.many import ReferenceModels

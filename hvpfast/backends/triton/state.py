@@ -9,8 +9,6 @@ One engine serves one model and M models at once: everything inside has the mode
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -19,44 +17,32 @@ import torch
 from torch import Tensor
 
 from hvpfast.backends.one_of_many import OneModel
-from hvpfast.backends.probes.draw import ProbeSource
+from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.streams import HiddenMemory
 from hvpfast.backends.triton.memory import explained
 from hvpfast.mlp.spec import MLPSpec
-from hvpfast.utils import cuda_graph
+from hvpfast.utils import cuda_graph, triton_launch
 
 if TYPE_CHECKING:
     from hvpfast.backends.triton.penalty import Penalty
 
 NAME = "triton"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NAMED_ONLY = "Triton's interpreter is slow, for tests; name it to mean it" if INTERPRETED else None
+NAMED_ONLY = (
+    "Triton's interpreter is slow, for tests; name it to mean it"
+    if triton_launch.INTERPRETED
+    else None
+)
+unavailable = triton_launch.unavailable
 # All classes of a sample lie in the registers of one program.
 MOST_CLASSES = {torch.float32: 8192, torch.float64: 4096}
-
-
-def unavailable() -> str | None:
-    """None, or why Triton cannot run here."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install hvpfast[triton]"
-    if INTERPRETED:
-        return None
-    if torch.version.cuda is None:
-        return (
-            "this build of torch has no CUDA; for tests, Triton's interpreter runs on CPU tensors "
-            "when TRITON_INTERPRET=1 is set before Python starts"
-        )
-    if not torch.cuda.is_available():
-        return "no CUDA device can be used: none is visible, or its driver is too old for torch"
-    return None
 
 
 def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the kernels cannot take this case."""
     if spec is None:
         return "it runs multilayer perceptrons only"
-    if device.type != ("cpu" if INTERPRETED else "cuda"):
-        where = "CPU tensors (TRITON_INTERPRET=1)" if INTERPRETED else "CUDA tensors"
+    if device.type != ("cpu" if triton_launch.INTERPRETED else "cuda"):
+        where = "CPU tensors (TRITON_INTERPRET=1)" if triton_launch.INTERPRETED else "CUDA tensors"
         return f"it runs on {where}; these are on {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64; these are {dtype}"

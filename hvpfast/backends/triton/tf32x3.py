@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hvpfast.backends.triton import state as triton
 from hvpfast.mlp.spec import MLPSpec
+from hvpfast.utils import triton_launch
 
 NAME = "triton_tf32x3"
 NAMED_ONLY = "its products are not full float32; name it to mean it"
@@ -22,7 +23,7 @@ NAMED_ONLY = "its products are not full float32; name it to mean it"
 
 def unavailable() -> str | None:
     """None, or why Triton cannot multiply so here."""
-    if triton.INTERPRETED:
+    if triton_launch.INTERPRETED:
         return "Triton's interpreter multiplies in full precision"
     return triton.unavailable()
 

@@ -1,11 +1,12 @@
-"""A further process for a run that has one: ``python -m hvpfast.lab.runs.helper DIR PARENT``.
+"""A further process for a run: ``python -m hvpfast.lab.runs.helper DIR MODULE PARENT``.
 
-It works on the cells of the run in DIR until all are finished, and stops where the process PARENT
-that started it has gone. See ``sharing.py``.
+It works on the cells of the run in DIR, of the study that MODULE has as ``STUDY``, until all are
+finished, and stops where the process PARENT that started it has gone. See ``sharing.py``.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,19 +15,18 @@ from hvpfast.lab.runs.folder import RunFolder, StudyError
 from hvpfast.lab.runs.progress import Orphaned, Progress
 from hvpfast.lab.runs.run import one_torch_thread
 from hvpfast.lab.runs.sharing import Claims
-from hvpfast.studies import studies
 
 STOPPED = 3
 """Exit status where the run has gone."""
 
 
-def help_run(path: Path, parent: int) -> int:
+def help_run(path: Path, module: str, parent: int) -> int:
     """Work on the cells of the run in a folder; return the exit status."""
     folder = RunFolder(path)
     stored = folder.config()
     if stored is None:
         raise StudyError(f"{path} holds no run to help with")
-    study = studies()[stored["study"]]
+    study = importlib.import_module(module).STUDY
     config = from_json(type(study.presets["default"]), stored["config"])
     claims = Claims(path)
     progress = Progress(folder, study.plan(config), True, claims, parent=parent)
@@ -41,4 +41,4 @@ def help_run(path: Path, parent: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(help_run(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(help_run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

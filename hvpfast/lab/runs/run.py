@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,6 +75,8 @@ class Study(Generic[C, D]):
     """The answer in a line or two."""
     artefacts: Callable[[Path, list[Row]], None] = no_artefacts
     """Writes into the run folder what is derived from its cells beyond figures and report."""
+    module: str = ""
+    """Where another process finds it as ``STUDY``; empty where none can."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -121,8 +124,8 @@ def run(
     engine, plan = study.engine(config), study.plan(config)
     data = study.load(config)
     claims = Claims(folder.path)
-    shared = workers > 1 and ranks.size == 1 and known_by_name(study)
-    helpers = Helpers(folder.path, workers - 1 if shared else 0)
+    shared = workers > 1 and ranks.size == 1 and found_elsewhere(study)
+    helpers = Helpers(folder.path, study.module, workers - 1 if shared else 0)
     try:
         if ranks.leads:
             claims.take_run()
@@ -153,12 +156,12 @@ def run(
         claims.close()
 
 
-def known_by_name(study: Study[C, D]) -> bool:
-    """Return whether another process finds the same work under the study's name."""
-    from hvpfast.studies import studies
-
-    found = studies().get(study.name)
-    return found is not None and (found.load, found.experiment) == (study.load, study.experiment)
+def found_elsewhere(study: Study[C, D]) -> bool:
+    """Return whether another process finds the same work in the study's module."""
+    if not study.module:
+        return False
+    found = importlib.import_module(study.module).STUDY
+    return bool((found.load, found.experiment) == (study.load, study.experiment))
 
 
 @contextlib.contextmanager

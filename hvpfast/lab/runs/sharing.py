@@ -105,8 +105,8 @@ def team() -> Team:
 class Helpers:
     """Further processes for the run in a folder, started when there is work enough for them."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.number = folder, number
+    def __init__(self, folder: Path, module: str, number: int) -> None:
+        self.folder, self.module, self.number = folder, module, number
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -119,6 +119,7 @@ class Helpers:
             "-m",
             "hvpfast.lab.runs.helper",
             str(self.folder),
+            self.module,
             str(os.getpid()),
         ]
         while len(self.processes) < self.number:

@@ -16,7 +16,7 @@ from hvpfast.lab.data.splits import Data, Split, three_way
 from hvpfast.lab.runs.folder import StudyError
 
 if TYPE_CHECKING:
-    from hvpfast.studies.flatness.experiment import Config
+    from hvpfast.studies.flatness.config import Config
 
 HELD_OUT = 0.2
 """Part of the samples that is held out of training."""

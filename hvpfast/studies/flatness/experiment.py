@@ -24,12 +24,11 @@ With other data, models or measures of your own:
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +43,7 @@ from hvpfast.lab.runs.run import run as run_study
 from hvpfast.studies.flatness import measure as measures
 from hvpfast.studies.flatness import report as flatness_report
 from hvpfast.studies.flatness.artefacts import artefacts, keep_weights
+from hvpfast.studies.flatness.config import PRESETS, Config, arm
 from hvpfast.studies.flatness.data import Custom, flattened, load
 from hvpfast.studies.flatness.figures import figures
 from hvpfast.studies.flatness.findings import findings
@@ -52,125 +52,6 @@ from hvpfast.studies.flatness.train import Network, custom, network, perceptron,
 
 Make = Callable[[int], Network]
 """An untrained network from a seed."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the study does; every field is an option of the command line."""
-
-    data: Literal["cifar-like", "rbf", "cifar-100"] = "cifar-like"
-    """data set: cifar-like (synthetic, of CIFAR-100's shape), rbf (10 features, 5 classes: what the
-    published numbers were really run on) or cifar-100 (in --data-dir, or through torchvision)"""
-    data_dir: str = "data"
-    """folder with the files of cifar-100"""
-    n_samples: int = 3000
-    """samples to train on and to hold out: a fifth of them, drawn at random, is held out"""
-    test_samples: int = 10000
-    """further samples, to test on; 0 tests on the held-out fifth, as published"""
-    hidden: tuple[int, ...] = (256,)
-    """widths of the hidden layers"""
-    outputs: int = 0
-    """logits; 0 for as many as there are classes (as published: 100, of which rbf uses 5)"""
-    activation: Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"] = "relu"
-    """activation of the hidden layers"""
-    learning_rate: float = 0.001
-    """learning rate of Adam"""
-    num_epochs: int = 50
-    """epochs of every training"""
-    batch_size: int = 64
-    """samples per step, B; what is left of an epoch beyond whole batches is not used"""
-    lambda_values: tuple[float, ...] = (0.0, 0.001, 0.01, 0.1, 1.0)
-    """weights of Tr(H^2) / B; 0, the baseline, is the first"""
-    num_hutchinson_samples: int = 3
-    """normal probes per step"""
-    penalised: Literal["hessian", "ggn"] = "hessian"
-    """matrix whose squared norm is penalised; ggn is the Gauss-Newton part of the Hessian"""
-    seeds: tuple[int, ...] = tuple(range(10))
-    """training seeds, the pairs of the comparison; 0-9 means 0 to 9"""
-    curvature_samples: int = 0
-    """train samples on which curvature is measured after training; 0 for all"""
-    curvature_probes: int = 16
-    """fresh probes for the curvature of a trained network"""
-    landscape_lambda: float = 0.01
-    """the penalised network that the landscapes show beside the baseline"""
-    landscape_points: int = 41
-    """points along each side of a landscape, odd, so that its centre is the network"""
-    landscape_planes: int = 2
-    """random planes, each through the networks of the first seed"""
-    landscape_samples: int = 500
-    """train samples that the landscapes are losses of"""
-    timing_rounds: int = 15
-    """rounds in which steps with and without the penalty are timed, ours and torch's; 0 for none"""
-    root_seed: int = 0
-    """every random stream is derived from this number"""
-    backend: str = "auto"
-    """auto, or a backend that hvpfast info lists"""
-    dtype: Literal["float32", "float64"] = "float32"
-    """floating-point type of everything"""
-
-    def __post_init__(self) -> None:
-        at_least = {"test_samples": 0, "outputs": 0, "curvature_samples": 0, "timing_rounds": 0,
-                    "landscape_planes": 0}  # fmt: skip
-        for name in ("n_samples", "num_epochs", "batch_size", "num_hutchinson_samples",
-                     "curvature_probes", "landscape_samples"):  # fmt: skip
-            at_least[name] = 1
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
-        values = self.lambda_values
-        apart = len({arm(lam) for lam in values}) == len(values)
-        if values[:1] != (0.0,) or not apart or not all(0 <= lam < math.inf for lam in values):
-            raise ValueError(
-                f"lambda_values must begin with 0, the baseline, then others; got {values}"
-            )
-        if self.landscape_lambda not in values:
-            raise ValueError(
-                f"landscape_lambda must be one of lambda_values {values}; "
-                f"got {self.landscape_lambda}"
-            )
-        if self.landscape_points < 3 or self.landscape_points % 2 == 0:
-            raise ValueError(
-                f"landscape_points must be odd, at least 3; got {self.landscape_points}"
-            )
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                f"seeds must be different integers >= 0, at least one; got {self.seeds}"
-            )
-
-
-def arm(lam: float) -> str:
-    """Return the name of a lambda in rows and files."""
-    return f"{lam:g}"
-
-
-PRESETS = {
-    "default": Config(),
-    "smooth": Config(activation="gelu"),
-    "published": Config(
-        data="rbf",
-        test_samples=0,
-        outputs=100,
-        seeds=(42,),
-        landscape_points=51,
-        landscape_planes=1,
-        curvature_probes=256,
-    ),
-    "smoke": Config(
-        data="rbf",
-        n_samples=320,
-        test_samples=100,
-        hidden=(16,),
-        num_epochs=3,
-        lambda_values=(0.0, 0.01, 1.0),
-        seeds=(0, 1),
-        curvature_probes=4,
-        landscape_points=5,
-        landscape_planes=1,
-        timing_rounds=1,
-    ),
-}
 
 
 def engine(own: Custom, config: Config) -> dict[str, str]:
@@ -299,6 +180,7 @@ def study(own: Custom | None = None) -> Study[Config, Data]:
     own = own or Custom()
     return Study(
         name="flatness",
+        module="hvpfast.studies.flatness",
         question=flatness_report.QUESTION,
         presets=PRESETS,
         packages=("matplotlib",),

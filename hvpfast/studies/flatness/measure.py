@@ -18,7 +18,7 @@ from hvpfast.lab.measure.training import score
 from hvpfast.studies.flatness.train import Network
 
 if TYPE_CHECKING:
-    from hvpfast.studies.flatness.experiment import Config
+    from hvpfast.studies.flatness.config import Config
 
 
 Operator = TypeVar("Operator", hf.HessianOperator, hf.GGNOperator)

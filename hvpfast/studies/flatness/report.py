@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvpfast.lab.report.compare import change, count, interval, number, p_value, percent, wrap
+from hvpfast.lab.report.words import (
+    change,
+    count,
+    interval,
+    number,
+    p_value,
+    percent,
+    wrap,
+)
 from hvpfast.studies.flatness.findings import BASELINE, LATE, MEASURES, TARGET, decidable
 from hvpfast.studies.flatness.report_parts import (
     convergence_line,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvpfast.lab.report.compare import (
+from hvpfast.lab.report.words import (
     NONE,
     change,
     count,

@@ -22,7 +22,7 @@ from hvpfast.lab.measure.timing import estimate, interleave
 from hvpfast.studies.flatness.train import Network, step_gradient
 
 if TYPE_CHECKING:
-    from hvpfast.studies.flatness.experiment import Config
+    from hvpfast.studies.flatness.config import Config
 
 METHODS = ("plain", "penalised", "torch-plain", "torch-penalised")
 WEIGHT = 0.01

@@ -24,7 +24,7 @@ from hvpfast.lab.data.splits import Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize, score
 
 if TYPE_CHECKING:
-    from hvpfast.studies.flatness.experiment import Config
+    from hvpfast.studies.flatness.config import Config
 
 FLATNESS_BATCHES = 4
 """Fixed train batches on which the flatness of an epoch is estimated."""

@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, by_seed, count, percent, table
+from hvpfast.lab.report.compare import LEVEL, by_seed, table
+from hvpfast.lab.report.words import count, percent
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared, grid_values
 

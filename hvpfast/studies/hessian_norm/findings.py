@@ -11,15 +11,17 @@ from typing import Any
 from hvpfast.lab.report.compare import (
     LEVEL,
     by_seed,
-    change,
     compare,
-    count,
     facts,
     holm_correct,
-    interval,
-    percent,
     summary,
     table,
+)
+from hvpfast.lab.report.words import (
+    change,
+    count,
+    interval,
+    percent,
 )
 from hvpfast.lab.runs.folder import Row
 

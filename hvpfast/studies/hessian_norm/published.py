@@ -24,17 +24,19 @@ from hvpfast.lab.report import plots
 from hvpfast.lab.report.compare import (
     LEVEL,
     by_seed,
-    change,
     compare,
-    count,
     facts,
+    summary,
+    table,
+)
+from hvpfast.lab.report.words import (
+    change,
+    count,
     interval,
     number,
     p_value,
     percent,
     spread,
-    summary,
-    table,
     table_head,
     table_line,
     wrap,

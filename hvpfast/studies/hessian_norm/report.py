@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from hvpfast.lab.report.compare import (
+from hvpfast.lab.report.words import (
     change,
     count,
     interval,

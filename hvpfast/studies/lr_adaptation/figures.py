@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, by_seed, change, count, interval, percent, table
+from hvpfast.lab.report.compare import LEVEL, by_seed, table
+from hvpfast.lab.report.words import (
+    change,
+    count,
+    interval,
+    percent,
+)
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.lr_adaptation.findings import (
     ARMS,

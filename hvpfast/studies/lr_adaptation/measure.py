@@ -41,7 +41,7 @@ from hvpfast.optim.diagonals import exact_diagonal
 from hvpfast.studies.lr_adaptation.train import batches, make_optimizer, new_model, spec, take_step
 
 if TYPE_CHECKING:
-    from hvpfast.studies.lr_adaptation.experiment import Config
+    from hvpfast.studies.lr_adaptation.config import Config
 
 ADAMS = ("adam", "adam-0.99", "adam-0.9")
 PROXIES = (*ADAMS, "difference", "secant", "hutchinson", "exact")

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvpfast.lab.report.compare import count, number, spread, wrap
+from hvpfast.lab.report.words import (
+    count,
+    number,
+    spread,
+    wrap,
+)
 from hvpfast.studies.lr_adaptation.findings import CLAIMS, DESCRIPTIVE, learning_rates
 from hvpfast.studies.lr_adaptation.report import (
     START,

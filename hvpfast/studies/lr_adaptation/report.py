@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hvpfast.lab.report.compare import (
+from hvpfast.lab.report.words import (
     change,
     count,
     interval,

@@ -19,7 +19,7 @@ from hvpfast.lab.measure.training import Diverged, linearize, score
 from hvpfast.optim import AdaHessian, HessianLRAdaptation
 
 if TYPE_CHECKING:
-    from hvpfast.studies.lr_adaptation.experiment import Config
+    from hvpfast.studies.lr_adaptation.config import Config
 
 Stream = tuple[str | int, ...]
 """Name of a random stream."""

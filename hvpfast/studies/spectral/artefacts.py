@@ -28,7 +28,7 @@ from hvpfast.lab.runs.folder import Row, StudyError, write_whole
 from hvpfast.studies.spectral.data import NUM_CLASSES, NUM_INPUTS
 
 if TYPE_CHECKING:
-    from hvpfast.studies.spectral.experiment import Config
+    from hvpfast.studies.spectral.config import Config
 
 FOLDER = "test_data"
 CSV_BYTES = 12.5

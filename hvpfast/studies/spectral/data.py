@@ -21,10 +21,9 @@ import hvpfast as hf
 from hvpfast.lab.data.datasets import load_digits, load_mnist, resized
 from hvpfast.lab.data.splits import Arrays, Data, three_way
 from hvpfast.lab.measure.training import Diverged
-from hvpfast.lab.runs.folder import StudyError
 
 if TYPE_CHECKING:
-    from hvpfast.studies.spectral.experiment import Config
+    from hvpfast.studies.spectral.config import Config
 
 NUM_INPUTS, NUM_CLASSES = 784, 10
 MNIST_MEAN_STD = (0.1307, 0.3081)
@@ -215,11 +214,3 @@ def scores(model: hf.MLP, x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
         raise Diverged
     spread = float(logits.var(0, correction=0).mean().sqrt())
     return loss, logits.argmax(1) == y, spread
-
-
-def check_sizes(config: Config) -> None:
-    """Raise where a size of the configuration cannot be."""
-    if config.num_train < 0 or config.num_test < 0:
-        raise ValueError("num_train and num_test must be numbers of samples, or 0 for all")
-    if config.data == "mnist" and not config.data_dir:
-        raise StudyError("--data mnist needs --data-dir, the folder with MNIST's files")

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -39,151 +39,12 @@ from hvpfast.studies.spectral import artefacts as spectral_files
 from hvpfast.studies.spectral import data as spectral_data
 from hvpfast.studies.spectral import measure as spectral_measures
 from hvpfast.studies.spectral import train as spectral_training
+from hvpfast.studies.spectral.config import PRESETS, SWEEPS, Config
 from hvpfast.studies.spectral.data import Problem
 from hvpfast.studies.spectral.figures import figures
 from hvpfast.studies.spectral.findings import QUESTION, by_index, findings, headline
 from hvpfast.studies.spectral.report import report
 from hvpfast.utils.files import SCRATCH
-
-GRID = 451
-"""Points of the published grid."""
-SWEEPS = ("ascending", "descending", "fresh")
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the study does; every field is an option of the command line."""
-
-    data: Literal["digits", "mnist", "synthetic"] = "digits"
-    """digits (scikit-learn's, at 28x28), mnist (from --data-dir), or synthetic of its shape"""
-    data_dir: str = ""
-    """folder with MNIST's files"""
-    num_train: int = 0
-    """train samples; 0 for all"""
-    num_test: int = 0
-    """test samples; 0 for all"""
-    hidden: tuple[int, ...] = (128, 128)
-    """widths of the hidden layers"""
-    step: float = 2e-4
-    """lambda is this times a point of the grid"""
-    indices: tuple[int, ...] = tuple(range(GRID))
-    """points of the grid, rising; 0-450 means 0 to 450"""
-    penalty: Literal["explicit", "coupled"] = "explicit"
-    """lambda ||theta||^2 in the loss, or Adam's weight_decay = lambda (half of it)"""
-    sweep: Literal["ascending", "descending", "fresh"] = "ascending"
-    """lambda by lambda from where the last one ended, up or down, or each from the initial state"""
-    branch_every: int = 5
-    """the other two sweeps are trained at every so many lambdas of this one; 0 for not at all"""
-    epochs: int = 50
-    """epochs per lambda, at most"""
-    patience: int = 5
-    """epochs without a better value after which training stops"""
-    stopping: Literal["effective", "running-ce"] = "effective"
-    """by the objective of the train split; or, as published, by an epoch's running cross-entropy"""
-    learning_rate: float = 1.5e-3
-    """of Adam, fresh for every lambda"""
-    batch_size: int = 64
-    """samples per step"""
-    polish: int = 300
-    """steps of full-batch L-BFGS after training, at most; 0 for none"""
-    polish_tol: float = 1e-6
-    """largest entry of the gradient at which the polish stops"""
-    pairs: int = 30
-    """eigenpairs of largest magnitude"""
-    tol: float = 1e-4
-    """their residuals ||H y - theta y|| / |theta|"""
-    keep: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 300, 350, 400, 450)
-    """points of the grid whose eigenvectors and gradients are kept as files"""
-    keep_format: Literal["csv", "npy"] = "npy"
-    """format of the eigenvectors' files: 44 MB or 14 MB for 30 of 118,282 numbers"""
-    density: tuple[int, ...] = (0, 5, 50, 150, 450)
-    """points of the grid whose spectral density is measured"""
-    density_steps: int = 80
-    """Lanczos steps of a density"""
-    density_probes: int = 4
-    """probes of a density"""
-    window: int = 20
-    """lambdas of a sweep that one cell trains"""
-    group: int = 10
-    """neighbouring lambdas whose eigenpairs one cell solves"""
-    id: int = 0
-    """number of the model in the names of files"""
-    root_seed: int = 0
-    """every random stream is derived from this number"""
-    backend: str = "auto"
-    """auto, or a backend that hvpfast info lists"""
-    dtype: Literal["float32", "float64"] = "float32"
-    """floating-point type of network and products"""
-
-    def __post_init__(self) -> None:
-        if (
-            not self.indices
-            or min(self.indices) < 0
-            or list(self.indices) != sorted({*self.indices})
-        ):
-            raise ValueError(f"indices must be rising integers >= 0; got {self.indices}")
-        for name in ("epochs", "patience", "batch_size", "pairs", "window", "group",
-                     "density_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.density_probes < 2:
-            raise ValueError(f"density_probes must be at least 2; got {self.density_probes}")
-        for name in ("branch_every", "polish", "id"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
-        if len({f"{self.step * i:.5f}" for i in self.indices}) < len(self.indices):
-            raise ValueError(
-                f"lambdas must differ in five decimals, as files are named by them; step is "
-                f"{self.step:g}"
-            )
-        spectral_data.check_sizes(self)
-
-    @property
-    def chosen(self) -> list[int]:
-        """The points of the grid in the order of the sweep."""
-        return list(self.indices) if self.sweep != "descending" else list(self.indices)[::-1]
-
-    @property
-    def kept(self) -> list[int]:
-        """Points whose eigenvectors and gradients are kept."""
-        return sorted({*self.keep} & {*self.indices})
-
-
-PRESETS = {
-    "default": Config(),
-    "smoke": Config(
-        num_train=200,
-        num_test=100,
-        hidden=(16, 16),
-        step=4e-3,
-        indices=(0, 1, 2, 3, 20),
-        branch_every=2,
-        epochs=8,
-        polish=30,
-        pairs=12,
-        keep=(0, 20),
-        density=(1, 20),
-        density_steps=20,
-        density_probes=2,
-        window=2,
-        group=2,
-    ),
-    "published": Config(
-        data="mnist",
-        data_dir="data",
-        penalty="coupled",
-        stopping="running-ce",
-        polish=0,
-        branch_every=0,
-        keep=tuple(range(GRID)),
-        keep_format="csv",
-        density=(),
-    ),
-    "timing": Config(
-        data="synthetic", indices=(5, 50, 150), branch_every=0, polish=0, keep=(), density=(),
-        window=1, group=1,
-    ),
-}  # fmt: skip
 
 
 def engine(config: Config) -> dict[str, str]:
@@ -346,6 +207,7 @@ def artefacts(folder: Path, records: list[Row]) -> None:
 
 STUDY: Study[Config, Data] = Study(
     name="spectral",
+    module="hvpfast.studies.spectral",
     question=QUESTION,
     presets=PRESETS,
     packages=("matplotlib",),

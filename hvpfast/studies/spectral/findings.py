@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from hvpfast.lab.report.compare import facts, number, percent, table
+from hvpfast.lab.report.compare import facts, table
+from hvpfast.lab.report.words import number, percent
 from hvpfast.lab.runs.folder import Row
 
 QUESTION = "How does the spectrum of an MLP's Hessian change along a sweep of its L2 penalty?"

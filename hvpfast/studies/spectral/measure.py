@@ -27,7 +27,7 @@ from hvpfast.studies.spectral.data import BASIS_BYTES, NUM_CLASSES, Problem, pie
 from hvpfast.studies.spectral.train import COLLAPSED_SPREAD, decay_of, seed_of
 
 if TYPE_CHECKING:
-    from hvpfast.studies.spectral.experiment import Config
+    from hvpfast.studies.spectral.config import Config
 
 TOP = NUM_CLASSES
 """Eigenvectors of the subspace that neighbouring lambdas are compared in, at most."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hvpfast.lab.report.compare import NONE, count, number, percent, table_head, table_line, wrap
+from hvpfast.lab.report.words import (
+    NONE,
+    count,
+    number,
+    percent,
+    table_head,
+    table_line,
+    wrap,
+)
 from hvpfast.studies.spectral.findings import QUESTION, headline
 
 SHOWN = 24

@@ -26,7 +26,7 @@ from hvpfast.lab.runs.folder import StudyError
 from hvpfast.studies.spectral.data import NUM_CLASSES, Problem, scores
 
 if TYPE_CHECKING:
-    from hvpfast.studies.spectral.experiment import Config
+    from hvpfast.studies.spectral.config import Config
 
 HISTORY = 20
 """Pairs that the quasi-Newton polish remembers."""
