@@ -23,7 +23,7 @@ BIN := $(TEST)/bin
 STAMP := torch-$(shell echo '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d ' ' -f 1)
 
 BUILD_SOURCES := pyproject.toml setup.py MANIFEST.in CMakeLists.txt $(shell find csrc -type f)
-PACKAGE := $(shell find hvpfast -name '*.py' -o -name '*.md' -o -name '*.pyi' -o -name py.typed)
+PACKAGE := $(shell find hvpfast -name '*.py' -o -name '*.md' -o -name '*.pyi' -o -name '*.jinja' -o -name py.typed)
 CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: study test bench lint format sanitize pytest clean

@@ -100,7 +100,7 @@ def combined_gradient(results: dict[str, Tensor], key: str) -> Tensor:
 def test_conformance(backend: str, case: Case) -> None:
     lin = linearize(case, backend)
     assert lin.backend == backend
-    assert type(lin.state).__module__ == f"hvpfast.backends.{backend.partition('_')[0]}"
+    assert type(lin.state).__module__ == f"hvpfast.backends.{backend.partition('_')[0]}.state"
     with one_thread() if backend == "reference" else nullcontext():
         results = [(name, out.cpu(), key) for name, out, key in operations(case, lin)]
     expected, failures = _expected(case), []

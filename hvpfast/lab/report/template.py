@@ -1,0 +1,41 @@
+"""Reports as Jinja2 templates: the prose in a file of its own, the numbers from the findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hvpfast.lab.report import words
+
+
+def table(
+    names: Sequence[str], lines: Iterable[Sequence[str]], words_in: Sequence[str] = ()
+) -> str:
+    """Return a table: numbers are to the right; the first column and those in `words_in` not."""
+    return "\n".join([words.table_head(names, words_in), *(words.table_line(*l) for l in lines)])
+
+
+def render(path: Path, **names: Any) -> str:
+    """Return the Markdown of a template, its paragraphs and list items wrapped.
+
+    Templates have the functions of ``words.py`` (number, percent, spread, change, interval,
+    p_value, count) as filters and as functions, and `table`. A name that is missing is an error.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # Markdown, from the study's own findings
+    )
+    functions = (
+        words.number, words.percent, words.spread, words.change, words.interval, words.p_value,
+        words.count,
+    )  # fmt: skip
+    known = {function.__name__: function for function in functions}
+    environment.filters.update(known)
+    environment.globals.update({**known, "table": table, "NONE": words.NONE})
+    return words.wrap(environment.get_template(path.name).render(names))
