@@ -1,18 +1,4 @@
-"""The functional layer: a loss is linearized at one point, then curvature is applied to tangents.
-
-    lin = linearize(spec, params, x, y)     loss L, gradient, residuals kept for what follows
-    hvp(lin, V) = H V                       H = d2 L / d params2, (P, P), never formed
-    ggnvp(lin, V) = G V                     G = J' (d2 L / d outputs2) J
-    quadratic_form(lin, V) = v_k' H v_k     half the work of H V
-    hvp_vjp(lin, V, U) = d sum_k u_k' H v_k / d params
-    penalty(lin, V) = mean_k ||H v_k||^2    with the loss and one gradient of both; also tr H^2
-
-V, U are one direction (P,) or K directions as columns (P, K). With parameters (M, P) all this is
-done for M models of one network at once (``models.py``): V, U are (M, P) or (M, P, K), and results
-have M in front. These functions are not recorded by
-autograd and return detached results; the differentiable forms are ``hessian_penalty`` and the
-operators in ``torch.ops.hvpfast``.
-"""
+"""Linearize a loss at one point: the backend is chosen, and the primal passes run once."""
 
 from __future__ import annotations
 
@@ -24,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvpfast import backends
-from hvpfast.functional.linearization import Linearization
+from hvpfast.functional.linearization import Linearization, ModelLinearization
 from hvpfast.functional.many_models import ModelsLinearization
 from hvpfast.mlp.checks import (
     check_batch,
@@ -90,23 +76,46 @@ def linearize(
         TypeError: not tensors, or a mix of dtypes or devices.
         RuntimeError: the named backend cannot run this.
     """
-    if order not in (2, 3):
-        raise ValueError(f"order must be 2 or 3; got {order!r}")
     if isinstance(params, Tensor) and params.dim() == 2:
-        x_all, y_all = check_models(spec, params, x, y)
-        choice, _ = _plan(spec, backend, params.dtype, params.device)
-        many = choice.module.linearize_models(spec, params, x_all, y_all, order)
-        if not cuda_graph.recording(params):
-            check_losses(spec, many.loss, params, x_all, y_all)
-        return ModelsLinearization(spec, many, choice, order, params, (params, x, y))
+        return linearize_models(spec, params, x, y, backend, order)
+    return linearize_model(spec, params, x, y, backend, order)
+
+
+def linearize_model(
+    spec: MLPSpec,
+    params: Tensor | Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    backend: str,
+    order: int,
+) -> ModelLinearization:
+    """:func:`linearize` for parameters (P,) or ``[W1, b1, ...]``."""
+    _check_order(order)
     like = check_params(spec, params)
     x_rows, y_rows = check_batch(spec, like, x, y)
     choice, largest = _plan(spec, backend, like.dtype, like.device)
     state = choice.module.linearize(spec, params, x_rows, y_rows, order)
     # While a CUDA graph is recorded nothing has run yet: there is no loss to look at.
-    if (
-        not cuda_graph.recording(like) and not abs(state.loss_value) <= largest
-    ):  # also when it is NaN
+    finite = cuda_graph.recording(like) or abs(state.loss_value) <= largest  # False for NaN
+    if not finite:
         raise ValueError(nonfinite_reason(state.loss_value, spec, params, x_rows, y_rows))
     inputs = (params, x, y) if isinstance(params, Tensor) else (*params, x, y)
-    return Linearization(spec, state, choice, order, like, inputs)
+    return ModelLinearization(spec, state, choice, order, like, inputs)
+
+
+def linearize_models(
+    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, backend: str, order: int
+) -> ModelsLinearization:
+    """:func:`linearize` for the parameters (M, P) of M models."""
+    _check_order(order)
+    x_all, y_all = check_models(spec, params, x, y)
+    choice, _ = _plan(spec, backend, params.dtype, params.device)
+    state = choice.module.linearize_models(spec, params, x_all, y_all, order)
+    if not cuda_graph.recording(params):
+        check_losses(spec, state.loss, params, x_all, y_all)
+    return ModelsLinearization(spec, state, choice, order, params, (params, x, y))
+
+
+def _check_order(order: int) -> None:
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3; got {order!r}")

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from hvpfast import backends
-from hvpfast.backends.contract import ModelsPenalty, ModelsState
+from hvpfast.backends.contract import ModelsPenalty, ModelsState, PenaltyState
 from hvpfast.backends.probes.draw import probes_of_models
-from hvpfast.backends.probes.source import ProbeSource, fresh_seed
-from hvpfast.functional.linearization import Linearization
+from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.functional.linearization import Linearization, check_pairs
+from hvpfast.functional.penalty_kinds import TracePenalty, check_probes
 from hvpfast.mlp.checks import model_rows
-from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
 
 _MOST_PROBES = 2**32  # of one seed
@@ -36,53 +35,31 @@ class ModelsLinearization(Linearization):
     ``quadratic_form``, ``hvp_vjp``, ``penalty``; :class:`hvpfast.ModelsOperator` is for estimators.
 
     Attributes:
-        spec, order, num_params: as of one model.
-        num_models: M.
-        models: the backend's state; rows (M, K, P) inside.
+        spec, order, num_params, like: as of one model.
+        state: the backend's state; rows (M, K, P) inside.
     """
 
-    __slots__ = ("models", "num_models")
+    __slots__ = ()
+    state: ModelsState
 
-    def __init__(
-        self,
-        spec: MLPSpec,
-        models: ModelsState,
-        choice: backends.Choice,
-        order: int,
-        params: Tensor,
-        inputs: tuple[Tensor, ...],
-    ) -> None:
-        super().__init__(spec, None, choice, order, params, inputs)
-        self.models, self.num_models = models, len(params)
+    @property
+    def num_models(self) -> int:
+        """M."""
+        return len(self.like)
 
     @property
     def loss(self) -> Tensor:
         """The losses, (M,)."""
-        return self.models.loss.clone()
-
-    @property
-    def grad(self) -> Tensor:
-        """The gradients of the losses, (M, P); computed when first asked for."""
-        if self._grad is None:
-            self.check_current()
-            self._grad = self.models.gradient()
-        return self._grad
+        return self.state.loss.clone()
 
     @property
     def normalizers(self) -> Tensor:
         """What each loss divides its sum by, (M,) float64."""
-        return self.models.normalizers
+        return self.state.normalizers
 
     def explain(self) -> str:
         """What runs where and why, in a few lines."""
         return f"{self.num_models} models at once: {super().explain()}"
-
-    @property
-    def _any_state(self) -> ModelsState:
-        """The state, of one model or of many."""
-        return self.models
-
-    # What the functional layer calls.
 
     def product(self, tangents: Tensor, ggn: bool) -> Tensor:
         """H V or G V, shaped as ``tangents`` (M, P) or (M, P, K)."""
@@ -98,57 +75,54 @@ class ModelsLinearization(Linearization):
         """H V or G V for contiguous rows (M, K, P)."""
         self.check_current()
         with self._in_memory("products", rows.shape[1]):
-            return self.models.hvp(rows, ggn)
+            return self.state.hvp(rows, ggn)
 
     def quadratic_rows(self, rows: Tensor, ggn: bool) -> Tensor:
         """v' H v, (M, K), for contiguous rows (M, K, P)."""
         self.check_current()
         with self._in_memory("quadratic forms", rows.shape[1]):
-            return self.models.quadratic(rows, ggn)
+            return self.state.quadratic(rows, ggn)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         """d sum_k u_k' H v_k / d params, (M, P)."""
         rows, cotangent_rows = self.rows(tangents), self.rows(cotangents, "cotangents")
-        if tangents.shape != cotangents.shape:
-            raise ValueError(
-                "tangents and cotangents must have one shape, pair by pair; got "
-                f"{tuple(tangents.shape)} and {tuple(cotangents.shape)}"
-            )
+        check_pairs(tangents, cotangents)
         self.check_third_order("hvp_vjp")
         self.check_current()
         with self._in_memory("third-order products", rows.shape[1]):
-            return self.models.hvp_vjp(rows, cotangent_rows, ggn)
+            return self.state.hvp_vjp(rows, cotangent_rows, ggn)
 
-    def penalty(
-        self,
-        tangents: Tensor | None,
-        num_probes: int,
-        distribution: str,
-        seed: int | None,
-        ggn: bool,
-        kind: str,
-    ) -> ModelsPenalty:
-        """The values of the penalties, with gradients for weights that come later."""
+    def penalty(self, probes: Tensor | ProbeSource, kind: str, ggn: bool) -> ModelsPenalty:
+        """The penalties by probes (M, P) or (M, P, K), or by those of a source; K >= 1."""
         self.check_third_order("penalty")
-        probes: Tensor | ProbeSource
-        if tangents is not None:
-            probes = self.rows(tangents)
-            num_probes = probes.shape[1]
+        if isinstance(probes, ProbeSource):
+            check_probe_count(self.num_models, probes.num_probes)
         else:
-            seed = fresh_seed() if seed is None else seed
-            probes = ProbeSource(num_probes, distribution, seed)
-            check_probe_count(self.num_models, num_probes)
-        if num_probes < 1:
-            raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
+            probes = self.rows(probes)
+        check_probes(probes)
         self.check_current()
-        with self._in_memory("penalties", num_probes):
+        K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
+        with self._in_memory("penalties", K):
             if kind == "fro2":
-                return self.models.penalty(probes, ggn)
+                return self.state.penalty(probes, ggn)
             if isinstance(probes, ProbeSource):
-                probes = probes_of_models(
-                    probes, num_probes, self.num_models, self.num_params, self.dtype, self.device
-                )
-            return TracePenalties(self.models, probes, ggn)
+                place = self.num_params, self.dtype, self.device
+                probes = probes_of_models(probes, K, self.num_models, *place)
+            return TracePenalty(self.state, probes, ggn)
+
+    def exact_penalty(self, kind: str, ggn: bool) -> PenaltyState:
+        """Not for many models: NotImplementedError."""
+        raise NotImplementedError(
+            "estimator='exact' takes one model at a time; for many use estimator='hutchinson', or "
+            "linearize(spec, params[m], ...) for each"
+        )
+
+    def diagonal(self, ggn: bool) -> Tensor:
+        """Not for many models: RuntimeError."""
+        raise RuntimeError(
+            "a linearization of many models is not one of a single model; take one model: "
+            "linearize(spec, params[m], ...)"
+        )
 
     @contextmanager
     def _in_memory(self, what: str, K: int) -> Iterator[None]:
@@ -179,27 +153,3 @@ def check_probe_count(num_models: int, num_probes: int) -> None:
             f"{num_models} models with {num_probes} probes each need more than the 2**32 probes "
             "of one seed; take fewer at a time"
         )
-
-
-class TracePenalties:
-    """(1/K) sum_k v_mk' H_m v_mk of M models, before gradients; v are rows (M, K, P)."""
-
-    def __init__(self, models: ModelsState, rows: Tensor, ggn: bool) -> None:
-        self._models, self._rows, self._ggn = models, rows, ggn
-        self._values = models.quadratic(rows, ggn).mean(1)
-
-    @property
-    def loss(self) -> Tensor:
-        """The losses, (M,)."""
-        return self._models.loss.detach()
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalties, (M,)."""
-        return self._values.detach()
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
-        third = self._models.hvp_vjp(self._rows, self._rows, self._ggn)
-        third.mul_(g_penalty / self._rows.shape[1])
-        return third.add_(self._models.gradient(), alpha=g_loss)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hvpfast.functional.linearization import Linearization
-from hvpfast.functional.many_models import ModelsLinearization
-from hvpfast.mlp.checks import check_curvature, check_tangents, tangent_rows
+from hvpfast.mlp.checks import check_curvature
 
 
 def hvp(lin: Linearization, tangents: Tensor) -> Tensor:
@@ -27,7 +26,7 @@ def hvp(lin: Linearization, tangents: Tensor) -> Tensor:
     References:
         Pearlmutter (1994), doi:10.1162/neco.1994.6.1.147.
     """
-    return _product(lin, tangents, False)
+    return lin.product(tangents, False)
 
 
 def ggnvp(lin: Linearization, tangents: Tensor) -> Tensor:
@@ -36,18 +35,7 @@ def ggnvp(lin: Linearization, tangents: Tensor) -> Tensor:
     References:
         Schraudolph (2002), doi:10.1162/08997660260028683.
     """
-    return _product(lin, tangents, True)
-
-
-def _product(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
-    if isinstance(lin, ModelsLinearization):
-        return lin.product(tangents, ggn)
-    check_tangents(tangents, lin.num_params, lin.like)
-    lin.check_current()
-    if tangents.dim() == 1:
-        return lin.state.hvp(tangents if tangents.is_contiguous() else tangents.contiguous(), ggn)
-    rows = tangents.T
-    return lin.state.hvp(rows if rows.is_contiguous() else rows.contiguous(), ggn).T
+    return lin.product(tangents, True)
 
 
 def quadratic_form(lin: Linearization, tangents: Tensor, *, curvature: str = "hessian") -> Tensor:
@@ -65,13 +53,7 @@ def quadratic_form(lin: Linearization, tangents: Tensor, *, curvature: str = "he
         ValueError, TypeError: an argument is not as described.
         RuntimeError: the point was changed in place after linearize.
     """
-    ggn = check_curvature(curvature)
-    if isinstance(lin, ModelsLinearization):
-        return lin.quadratic(tangents, ggn)
-    rows = tangent_rows(tangents, lin.num_params, lin.like)
-    lin.check_current()
-    out = lin.state.quadratic(rows, ggn)
-    return out[0] if tangents.dim() == 1 else out
+    return lin.quadratic(tangents, check_curvature(curvature))
 
 
 def hvp_vjp(
@@ -92,16 +74,4 @@ def hvp_vjp(
         ValueError, TypeError: an argument is not as described.
         RuntimeError: ``order=2``, or the point was changed in place after linearize.
     """
-    ggn = check_curvature(curvature)
-    if isinstance(lin, ModelsLinearization):
-        return lin.hvp_vjp(tangents, cotangents, ggn)
-    rows = tangent_rows(tangents, lin.num_params, lin.like)
-    cotangent_rows = tangent_rows(cotangents, lin.num_params, lin.like, "cotangents")
-    if tangents.shape != cotangents.shape:
-        raise ValueError(
-            "tangents and cotangents must have one shape, pair by pair; got "
-            f"{tuple(tangents.shape)} and {tuple(cotangents.shape)}"
-        )
-    lin.check_third_order("hvp_vjp")
-    lin.check_current()
-    return lin.state.hvp_vjp(rows, cotangent_rows, ggn)
+    return lin.hvp_vjp(tangents, cotangents, check_curvature(curvature))

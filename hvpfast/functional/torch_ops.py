@@ -36,10 +36,10 @@ from torch import Tensor
 from hvpfast.backends.contract import PenaltyState
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
-from hvpfast.functional import linearize, products
 from hvpfast.functional import torch_ops_rules as rules
-from hvpfast.functional.linearization import Linearization
-from hvpfast.functional.penalty import penalty_state
+from hvpfast.functional.linearization import ModelLinearization
+from hvpfast.functional.linearize import linearize_model
+from hvpfast.functional.penalty_kinds import probes_given
 from hvpfast.mlp.spec import MLPSpec
 
 ops = torch.ops.hvpfast
@@ -69,10 +69,10 @@ _SCHEMAS = (
 
 def _linearize(
     params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str, order: int
-) -> Linearization:
+) -> ModelLinearization:
     params = [p if p.is_contiguous() else p.contiguous() for p in params]
     given = params[0] if len(params) == 1 and params[0].dim() == 1 else params
-    return linearize.linearize(MLPSpec.from_key(spec), given, x, y, backend=backend, order=order)
+    return linearize_model(MLPSpec.from_key(spec), given, x, y, backend, order)
 
 
 def _columns(rows: Tensor, spec: str, name: str = "tangents") -> Tensor:
@@ -102,14 +102,14 @@ def _hvp(
     params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(products.hvp(lin, _columns(tangents, spec)))
+    return _rows(lin.product(_columns(tangents, spec), False))
 
 
 def _ggnvp(
     params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(products.ggnvp(lin, _columns(tangents, spec)))
+    return _rows(lin.product(_columns(tangents, spec), True))
 
 
 def _quadratic(
@@ -122,7 +122,7 @@ def _quadratic(
     backend: str = "auto",
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
-    return products.quadratic_form(lin, _columns(tangents, spec), curvature=_curvature(ggn))
+    return lin.quadratic(_columns(tangents, spec), ggn)
 
 
 def _hvp_vjp(
@@ -136,16 +136,7 @@ def _hvp_vjp(
     backend: str = "auto",
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 3)
-    return products.hvp_vjp(
-        lin,
-        _columns(tangents, spec),
-        _columns(cotangents, spec, "cotangents"),
-        curvature=_curvature(ggn),
-    )
-
-
-def _curvature(ggn: bool) -> str:
-    return "ggn" if ggn else "hessian"
+    return lin.hvp_vjp(_columns(tangents, spec), _columns(cotangents, spec, "cotangents"), ggn)
 
 
 def _penalty_state(
@@ -165,7 +156,7 @@ def _penalty_state(
     lin = _linearize(params, x, y, spec, backend, 3)
     columns = None if tangents is None else _columns(tangents, spec)
     value = None if seed is None else int(seed) % 2**64  # int64 holds seeds in two's complement
-    return penalty_state(lin, columns, num_probes, distribution, value, ggn)
+    return lin.penalty(probes_given(columns, num_probes, distribution, value), "fro2", ggn)
 
 
 def _penalty(

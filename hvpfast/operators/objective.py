@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hvpfast import backends
 from hvpfast.backends.contract import State
 from hvpfast.backends.reference import state as reference
-from hvpfast.functional import linearize
+from hvpfast.functional.linearize import linearize_model
 from hvpfast.mlp.checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.module import NotAnMLPError, params_of
 from hvpfast.mlp.recognised import plan_of
@@ -70,9 +70,7 @@ class MLPProblem:
     def linearize(self, batch: Batch) -> State:
         """The state of one batch."""
         params = self._params[0] if self._flat else self._params
-        lin = linearize.linearize(
-            self.spec, params, batch.x, batch.y, backend=self._backend, order=2
-        )
+        lin = linearize_model(self.spec, params, batch.x, batch.y, self._backend, 2)
         if not self.text:
             self.backend, self.text = lin.backend, lin.explain()
         return lin.state

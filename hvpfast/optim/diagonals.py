@@ -69,8 +69,7 @@ def exact(operator: Any, params: Sequence[Tensor]) -> list[Tensor]:
 def exact_diagonal(operator: Any) -> Tensor:
     """diag(H), (P,): by per-sample cores where the operator has them, else by columns of H."""
     if isinstance(operator, Linearization):
-        operator.check_current()
-        return operator.state.diagonal(False)
+        return operator.diagonal(False)
     found: Tensor = diagonal(operator, method="exact").estimate
     return found
 

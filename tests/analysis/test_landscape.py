@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hvpfast as hf
 from hvpfast.analysis import landscape
+from hvpfast.mlp.spec import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 
@@ -78,7 +79,7 @@ def test_perceptrons_at_many_points(loss: nn.Module, points_at_once: Any) -> Non
         assert found.complete
 
 
-@pytest.mark.parametrize("activation", hf.mlp.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_flat_perceptrons_of_every_activation(activation: str, bias: bool) -> None:
     generator = torch.Generator().manual_seed(1)

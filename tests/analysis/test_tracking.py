@@ -291,7 +291,7 @@ def test_a_training_that_diverges_is_logged_and_goes_on(tmp_path: Path) -> None:
 
 JOB = """
 from dense import classes, perceptron
-from hvpfast.tracking import CurvatureLogger
+from hvpfast.analysis.tracking.logger import CurvatureLogger
 def job(path, steps):
     with CurvatureLogger(perceptron(), torch.nn.CrossEntropyLoss(), classes(10, 4), path,
                          every=1, quantities="loss", seed=1, resume=True) as logger:

@@ -16,6 +16,7 @@ from torch import Tensor
 import hvpfast as hf
 from hvpfast.backends import BACKENDS
 from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.mlp.spec import ACTIVATIONS
 
 CURVATURES = ("hessian", "ggn")
 WEIGHTS = (0.75, 1.5)
@@ -91,7 +92,7 @@ def test_conformance(backend: str, case: Case, x_shared: bool, y_shared: bool) -
     with one_thread() if backend == "reference" else nullcontext():
         lin = linearize(there, backend)
         family = f"hvpfast.backends.{backend.partition('_')[0]}"
-        assert type(lin.models).__module__.startswith(family)
+        assert type(lin.state).__module__.startswith(family)
         together = [
             (name, out.cpu(), key)
             for name, out, key in operations(lin, there.tangents, there.cotangents, None)
@@ -130,7 +131,7 @@ def test_conformance(backend: str, case: Case, x_shared: bool, y_shared: bool) -
 
 def test_every_backend_is_in_the_matrix() -> None:
     assert set(BACKENDS) == set(hf.available())
-    assert {case.spec.activation for case in SOME} >= set(hf.mlp.ACTIVATIONS)
+    assert {case.spec.activation for case in SOME} >= set(ACTIVATIONS)
 
 
 @pytest.mark.skipif("cpu" not in RUNNING, reason=str(hf.available()["cpu"]))
@@ -164,7 +165,7 @@ def test_sources_are_numbered_through(
     q = models(Case(hf.MLPSpec(sizes), 9, 2))
     source = ProbeSource(3, distribution, SEED, first=4)
     with one_thread() if backend == "reference" else nullcontext():
-        together = linearize(q, backend).models.penalty(source, False)
+        together = linearize(q, backend).state.penalty(source, False)
         gradients = together.gradient(0.5, 2.0)
         for m in range(3):
             assert source.of_model(m) == ProbeSource(3, distribution, SEED, 4 + 3 * m)
@@ -185,7 +186,7 @@ def test_shapes(q: Models, backend: str) -> None:
     M, P = q.params.shape
     assert (lin.num_models, lin.num_params, lin.backend) == (M, P, backend)
     assert lin.loss.shape == (M,) and lin.grad.shape == (M, P)
-    assert lin.models.nbytes > 0
+    assert lin.state.nbytes > 0
     assert hf.hvp(lin, q.tangents).shape == (M, P, 2)
     assert hf.hvp(lin, q.tangents[:, :, 0]).shape == (M, P)
     assert hf.hvp(lin, q.tangents[:, :, :0]).shape == (M, P, 0)

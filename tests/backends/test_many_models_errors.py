@@ -121,7 +121,7 @@ def test_too_little_memory_is_explained(q: Models, monkeypatch: pytest.MonkeyPat
         raise MemoryError("std::bad_alloc")
 
     for name in ("hvp", "quadratic", "hvp_vjp", "penalty"):
-        monkeypatch.setattr(lin.models, name, fail)
+        monkeypatch.setattr(lin.state, name, fail)
     for call in (
         lambda: hf.hvp(lin, q.tangents),
         lambda: hf.quadratic_form(lin, q.tangents),

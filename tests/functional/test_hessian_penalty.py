@@ -13,8 +13,7 @@ from models import BACKENDS, Small, gradients, loss_module, mlp_of, small
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.functional import hessian_penalty as differentiable
-from hvpfast.functional.hessian_penalty import hessian_penalty
+from hvpfast.functional.hessian_penalty import engine, hessian_penalty
 
 CURVATURES = ("hessian", "ggn")
 WEIGHTS = (0.7, 0.3)
@@ -201,7 +200,7 @@ def test_values_only_without_grad_mode(small: Small, mode: type) -> None:
 def test_side_effects_and_memory(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss_fn, data = small
     states = []
-    recorded = differentiable._recorded
+    recorded = engine.recorded
 
     def watched(state: object, *args: object) -> object:
         probe = type("Watched", (), {})()  # states have no weak references
@@ -209,7 +208,7 @@ def test_side_effects_and_memory(small: Small, monkeypatch: pytest.MonkeyPatch) 
         holder = _Holder(state, probe)
         return recorded(holder, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hessian_penalty, "_recorded", watched)
+    monkeypatch.setattr(engine, "recorded", watched)
     before = torch.get_rng_state()
     gc.disable()
     try:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hvpfast as hf
-from hvpfast.functional import linearize, torch_ops
+from hvpfast.functional import torch_ops
 
 ops = torch.ops.hvpfast
 CASES = [
@@ -211,10 +211,10 @@ def test_vmap_over_tangents_is_one_product(monkeypatch: pytest.MonkeyPatch) -> N
     params, (K, P) = listed(p), (5, CASE.spec.num_params)
     V = torch.randn(P, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     linearized = []
-    once = linearize.linearize
+    once = torch_ops.linearize_model
     monkeypatch.setattr(
-        torch_ops.linearize,
-        "linearize",
+        torch_ops,
+        "linearize_model",
         lambda *args, **options: linearized.append(1) or once(*args, **options),
     )
     for op, flags in [(ops.hvp, ()), (ops.ggnvp, ()), (ops.quadratic, (True,))]:

@@ -24,7 +24,7 @@ from hvpfast.lab.measure.training import (
     linear_prediction,
     linearize,
 )
-from hvpfast.lab.report import compare
+from hvpfast.lab.report import compare, words
 from hvpfast.lab.report.statistics import (
     NUM_FLIPS,
     bootstrap_interval,
@@ -228,28 +228,28 @@ def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
     assert found["less"]["p_holm"] == pytest.approx(3 * found["less"]["p"])
     half = compare.compare(base, base / 2, ratio=True)
     assert compare.holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
-    assert compare.interval(half, "boot_").startswith("[×0.5")
+    assert words.interval(half, "boot_").startswith("[×0.5")
 
 
 def test_p_values_that_were_drawn_are_bounds() -> None:
     many, few = compare.compare([0.0] * 50, [1.0] * 50), compare.compare([0.0] * 9, [1.0] * 9)
-    assert compare.p_value(many) == "≤ 1e-05"
-    assert compare.p_value(few) == "0.0039"
-    assert compare.p_value(compare.compare([1.0], [2.0])) == "–"
+    assert words.p_value(many) == "≤ 1e-05"
+    assert words.p_value(few) == "0.0039"
+    assert words.p_value(compare.compare([1.0], [2.0])) == "–"
 
 
 def test_words_for_numbers() -> None:
-    assert [compare.number(v, 2) for v in (297.3, 114.9, -12345.6, 99.7)] == [
+    assert [words.number(v, 2) for v in (297.3, 114.9, -12345.6, 99.7)] == [
         "300", "110", "-12000", "100",
     ]  # fmt: skip
-    assert [compare.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
+    assert [words.number(v, 3) for v in (None, 0.0, 1e-5, 0.12345, 1.5e7)] == [
         "–", "0", "1e-05", "0.123", "1.50e+07"
     ]  # fmt: skip
-    assert compare.change(-0.25, "difference") == "-0.2500"
-    assert compare.change(0.25, "ratio") == "×0.25"
-    assert compare.count(1, "seed") == "1 seed"
-    assert compare.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
-    assert compare.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
+    assert words.change(-0.25, "difference") == "-0.2500"
+    assert words.change(0.25, "ratio") == "×0.25"
+    assert words.count(1, "seed") == "1 seed"
+    assert words.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
+    assert words.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
 
 
 # tuning
@@ -325,8 +325,8 @@ def test_predictors_without_a_network(small: splits.Data) -> None:
     rng = np.random.default_rng(0)
     x = torch.as_tensor(rng.normal(size=(300, 2)))
     y = (x[:, 0] > x[:, 1]).long()
-    splits = [splits.Split(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
-    easy = linear_prediction(splits.Data(*splits, check="", num_classes=2))
+    parts = [splits.Split(x[a:b], y[a:b]) for a, b in ((0, 200), (200, 250), (250, 300))]
+    easy = linear_prediction(splits.Data(*parts, check="", num_classes=2))
     assert easy["test_accuracy"] > 0.95
     assert easy["decay"] == 1e-4
 

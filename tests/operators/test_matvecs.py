@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hvpfast as hf
 import hvpfast.operators.matvecs
+from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.matvecs import NonFiniteProductError, Products
 
 
@@ -144,7 +145,7 @@ def test_symmetry_is_checked() -> None:
         Products(H + Skew(H)).check_symmetric()
 
 
-class Skew(hf.linear.LinearOperator):
+class Skew(LinearOperator):
     """An operator with A' = -A."""
 
     def __init__(self, like: Any) -> None:
