@@ -41,6 +41,7 @@ from hvpfast.functional.linearization import ModelLinearization
 from hvpfast.functional.linearize import linearize_model
 from hvpfast.functional.penalty_kinds import probes_given
 from hvpfast.mlp.spec import MLPSpec
+from hvpfast.utils.torch_private import with_torch_func
 
 ops = torch.ops.hvpfast
 
@@ -257,59 +258,14 @@ def _fake_probes(
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], rules.Rule, _VmapRule]] = {
     # name: kernel, fake kernel, derivative, vmap rule
     "loss": (_loss, _fake_scalar, rules.loss_rule, rules.each_element),
-    "gradient": (
-        _gradient,
-        _fake_flat,
-        rules.gradient_rule,
-        rules.each_element,
-    ),
+    "gradient": (_gradient, _fake_flat, rules.gradient_rule, rules.each_element),
     "hvp": (_hvp, _fake_rows, rules.product_rule(False), rules.stacked_rows),
     "ggnvp": (_ggnvp, _fake_rows, rules.product_rule(True), rules.stacked_rows),
-    "quadratic": (
-        _quadratic,
-        _fake_forms,
-        rules.quadratic_rule,
-        rules.stacked_rows,
-    ),
+    "quadratic": (_quadratic, _fake_forms, rules.quadratic_rule, rules.stacked_rows),
     "hvp_vjp": (_hvp_vjp, _fake_flat, rules.no_rule, rules.each_element),
-    "penalty": (
-        _penalty,
-        _fake_scalars,
-        rules.penalty_rule,
-        rules.each_element,
-    ),
-    "penalty_gradient": (
-        _penalty_gradient,
-        _fake_flat,
-        rules.no_rule,
-        rules.each_element,
-    ),
+    "penalty": (_penalty, _fake_scalars, rules.penalty_rule, rules.each_element),
+    "penalty_gradient": (_penalty_gradient, _fake_flat, rules.no_rule, rules.each_element),
 }
-
-
-def _reentrant(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with torch.func switched on again where a dispatch mode calls it.
-
-    The first run of compiled code is such a place; the reference backend is made of torch.func.
-    """
-    _C = torch._C
-
-    def run(*args: Any) -> Any:
-        excluded = _C._dispatch_tls_local_exclude_set()
-        if excluded.has(_C.DispatchKey.FuncTorchDynamicLayerFrontMode):
-            included = _C._dispatch_tls_local_include_set()
-            with _C._ForceDispatchKeyGuard(included, excluded - _torch_func_keys()):
-                return kernel(*args)
-        return kernel(*args)
-
-    return run
-
-
-def _torch_func_keys() -> torch._C.DispatchKeySet:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
-    for name in ("DynamicLayerBackMode", "GradWrapper", "Batched", "VmapMode"):
-        keys = keys.add(getattr(torch._C.DispatchKey, f"FuncTorch{name}"))
-    return keys
 
 
 def _register() -> Any:
@@ -318,7 +274,7 @@ def _register() -> Any:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for name, (kernel, fake, derivative, vmap_rule) in _OPERATORS.items():
         qualified = f"hvpfast::{name}"
-        library.impl(name, _reentrant(kernel), "CompositeExplicitAutograd")
+        library.impl(name, with_torch_func(kernel), "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=library)
         overload = getattr(ops, name).default
         autograd = rules.autograd_kernel(overload, kernel, derivative)

@@ -1,4 +1,4 @@
-"""Derivatives and vmap rules of the operators in ``library.py``.
+"""Derivatives and vmap rules of the operators in ``torch_ops.py``.
 
 operator           derivative for params              derivative for tangents
 loss               g * gradient                       -
@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from hvpfast.mlp.spec import split_flat
+from hvpfast.utils.torch_private import (
+    apply_of,
+    at_this_level,
+    below_autograd,
+    forward_gradients,
+    forward_mode_is_on,
+    has_forward_tangent,
+    torch_func_is_active,
+)
 
 ops = torch.ops.hvpfast
-_transforming = torch._C._are_functorch_transforms_active
-_ONLY_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).raw_repr()
 
 # ---- derivatives: a rule gives the gradients of params, flat (P,), and of tangents ----
 
@@ -117,10 +121,10 @@ def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> 
             ctx.num_params = len(params)
             ctx.others = [None if isinstance(t, Tensor) else (t,) for t in others]
             ctx.save_for_backward(*tensors)
-            if not _transforming():
-                return below_autograd(keyset, args)
-            with torch.enable_grad(), _set_fwd_grad_enabled(True):  # for the levels outside
-                return below_autograd(keyset, args)
+            if not torch_func_is_active():
+                return below_autograd(op, implementation, keyset, args)
+            with torch.enable_grad(), forward_gradients():  # for the levels outside
+                return below_autograd(op, implementation, keyset, args)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -141,35 +145,23 @@ def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> 
             of_others = [rows, *[None] * len(of_rest[1:])] if of_rest else []
             return (None, None, *split, None, None, *of_others)
 
-    def below_autograd(keyset: Any, args: tuple[Any, ...]) -> Any:
-        if (keyset & torch._C._after_autograd_keyset).raw_repr() == _ONLY_CPU:
-            return implementation(*args)  # nothing in between: no need to go through the dispatcher
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    # Function.apply itself refuses to run at a level of torch.func; this is what it wraps
-    apply: Callable[..., Any] = super(torch.autograd.Function, Node).apply
+    apply = apply_of(Node)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         tensors = [*args[0], *(t for t in args[1:] if isinstance(t, Tensor))]
-        if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors):
+        if forward_mode_is_on() and any(has_forward_tangent(t) for t in tensors):
             raise NotImplementedError(
                 "hvpfast operators have no forward-mode derivatives; use torch.ops.hvpfast.hvp for "
                 "the derivative of the gradient along a direction"
             )
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-            return below_autograd(keyset, args)
+            return below_autograd(op, implementation, keyset, args)
         # the dispatcher drops arguments that equal their defaults
         args += defaults[len(defaults) - (arguments - len(args)) :]
-        with enable_single_level_autograd_function():
+        with at_this_level():
             return apply(keyset, args, *tensors)
 
     return kernel
-
-
-def _has_tangent(t: Tensor) -> bool:
-    dual = forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]  # torch
-    return dual.tangent is not None
 
 
 # ---- vmap ----

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hvpfast.functional.hessian_penalty.call import PenaltyCall
@@ -26,10 +25,12 @@ from hvpfast.functional.penalty_kinds import check_kind
 from hvpfast.mlp.checks import check_curvature
 from hvpfast.mlp.module import NotAnMLPError, spec_of
 from hvpfast.mlp.recognised import plan_of
-
-_compiling = torch.compiler.is_compiling
-_transforming = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+from hvpfast.utils.torch_private import (
+    constant_in_compiled_code,
+    is_compiling,
+    num_dispatch_modes,
+    torch_func_is_active,
+)
 
 
 def hessian_penalty(
@@ -98,7 +99,7 @@ def hessian_penalty(
         raise TypeError(f"data must be one batch (x, y); got {type(data).__name__}")
     x, y = data
     call = PenaltyCall(kind, ggn, exact, tangents, num_probes, distribution, seed, backend)
-    if _compiling() or _transforming() or _dispatch_modes():
+    if is_compiling() or torch_func_is_active() or num_dispatch_modes():
         key = _traced_key(model, loss_fn, exact)
         return by_operators(key, list(model.parameters()), x, y, call)
     try:
@@ -138,6 +139,7 @@ def _traced_key(model: nn.Module, loss_fn: Callable[..., Any], exact: bool) -> s
 _LOSS_OPTIONS = ("reduction", "ignore_index", "label_smoothing")
 
 
+@constant_in_compiled_code
 def _recognised(model: nn.Module, loss_fn: Callable[..., Any], *seen: object) -> tuple[str, str]:
     """(MLPSpec.key, "") or ("", the reason why there is none).
 
@@ -147,7 +149,3 @@ def _recognised(model: nn.Module, loss_fn: Callable[..., Any], *seen: object) ->
         return spec_of(model, loss_fn).key, ""
     except NotAnMLPError as error:
         return "", str(error)
-
-
-# Evaluated while torch.compile traces; see ``operators.py``.
-setattr(_recognised, "_dynamo_marked_constant", True)  # noqa: B010  # no declared attribute

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvpfast.functional.hessian_penalty.call import PenaltyCall
 from hvpfast.functional.torch_ops import ops
+from hvpfast.utils.torch_private import constant_in_compiled_code
 
 
 def some_require_grad(params: Sequence[Tensor]) -> bool:
@@ -74,11 +75,7 @@ def by_operators(
 _calls = count()
 
 
+@constant_in_compiled_code
 def _call_site() -> int:
     """A new number: two fresh seeds in one compiled graph must not be merged into one."""
     return next(_calls)
-
-
-# Evaluated while torch.compile traces. torch.compiler.assume_constant_result does the same, but
-# imports the compiler, which takes longer than importing torch.
-setattr(_call_site, "_dynamo_marked_constant", True)  # noqa: B010  # no declared attribute

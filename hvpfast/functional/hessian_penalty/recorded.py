@@ -11,8 +11,7 @@ from torch import Tensor
 from hvpfast.backends.contract import PenaltyState
 from hvpfast.functional.linearization import versions
 from hvpfast.mlp.spec import split_flat
-
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+from hvpfast.utils.torch_private import apply_of, graph_is_kept
 
 # Shapes and numels of the parameters, or None for one flat parameter.
 Layout = tuple[Sequence[tuple[int, ...]], Sequence[int]] | None
@@ -62,7 +61,7 @@ class _HessianPenalty(torch.autograd.Function):
             )
         flat = state.gradient(g_loss.item(), g_penalty.item())
         gradients: Sequence[Tensor] = (flat,) if layout is None else split_flat(flat, *layout)
-        if not _keeps_graph():
+        if not graph_is_kept():
             ctx.saved = None
         if torch.is_grad_enabled():
             once: Callable[..., tuple[Tensor, ...]] = _Once.apply
@@ -70,8 +69,8 @@ class _HessianPenalty(torch.autograd.Function):
         return (None, *gradients)
 
 
-# What Function.apply wraps in checks for torch.func, which hessian_penalty has made already.
-_apply: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _HessianPenalty).apply
+# hessian_penalty has made the checks for torch.func already.
+_apply: Callable[..., tuple[Tensor, Tensor]] = apply_of(_HessianPenalty)
 
 
 class _Once(torch.autograd.Function):

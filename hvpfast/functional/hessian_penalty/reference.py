@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from hvpfast.backends import BACKENDS
 from hvpfast.backends.reference.state import linearize_function
@@ -17,6 +16,7 @@ from hvpfast.functional.hessian_penalty.recorded import recorded
 from hvpfast.functional.penalty_kinds import check_probes, penalty_of
 from hvpfast.mlp.checks import check_deterministic_modules, tangent_rows, warn_slow
 from hvpfast.utils.choice import check_choice
+from hvpfast.utils.torch_private import tree_leaves
 
 
 def by_reference(
