@@ -209,7 +209,7 @@ class CapturedStep(_Captured):
         self._recording: cuda_graph.Recording[tuple[Tensor, Tensor]] | None = None
 
     def seek(self, t: int) -> None:
-        """Let the next call draw the probes of call ``t``, for a run that is taken up again.
+        """Let the next call draw the probes of call ``t``, to resume a run.
 
         Raises:
             ValueError: ``t`` is no integer >= 0, or the step draws no probes.
