@@ -28,6 +28,7 @@ from hvpfast.mlp.spec import (
     split_flat,
 )
 from hvpfast.utils.choice import check_choice
+from hvpfast.utils.torch_private import hooks_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -185,7 +186,7 @@ _Recognised = tuple[tuple[int, ...], str, bool, list[Tensor]]
 
 def _recognise(module: nn.Module) -> _Recognised:
     """(sizes, activation, bias, parameter tensors), or NotAnMLPError with the reason."""
-    if type(module) is MLP and not _hooked(module):
+    if type(module) is MLP and not hooks_of(module):
         return module.sizes, module.activation, module.bias, [module.flat]
     linears, activations = _linears_and_activations(module)
     if not linears:
@@ -222,7 +223,7 @@ def _linears_and_activations(module: nn.Module) -> tuple[list[nn.Linear], list[s
     for name, layer in _leaves(module, ""):
         kind = type(layer).__name__
         where = f"layer {name} is {kind}" if name else f"the model is {kind}"
-        if _hooked(layer):
+        if hooks_of(layer):
             raise NotAnMLPError(f"{where} with hooks")
         if type(layer) is nn.Linear:
             linears.append(layer)
@@ -247,18 +248,13 @@ def _linears_and_activations(module: nn.Module) -> tuple[list[nn.Linear], list[s
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    plain = type(module).forward is nn.Sequential.forward and not _hooked(module)
+    plain = type(module).forward is nn.Sequential.forward and not hooks_of(module)
     if isinstance(module, nn.Sequential) and plain:
         for child_name, child in module._modules.items():  # children() skips a module used twice
             assert child is not None
             yield from _leaves(child, f"{name}.{child_name}" if name else child_name)
     else:
         yield name, module
-
-
-def _hooked(module: nn.Module) -> bool:
-    forward_hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _activation_of(layer: nn.Module) -> str | None:
@@ -274,7 +270,7 @@ _LOSS_OPTIONS = ("weight", "ignore_index", "label_smoothing", "reduction")
 def _recognise_loss(loss_fn: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     """(loss, the MLPSpec fields it sets), or NotAnMLPError with the reason."""
     if type(loss_fn) is nn.CrossEntropyLoss or type(loss_fn) is nn.MSELoss:
-        if _hooked(loss_fn):
+        if hooks_of(loss_fn):
             raise NotAnMLPError(f"the loss is {type(loss_fn).__name__} with hooks")
         function = F.cross_entropy if type(loss_fn) is nn.CrossEntropyLoss else F.mse_loss
         options = {k: getattr(loss_fn, k) for k in _LOSS_OPTIONS if hasattr(loss_fn, k)}

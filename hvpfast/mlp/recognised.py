@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hvpfast.mlp.module import MLP, spec_of
 from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec
+from hvpfast.utils.torch_private import hooks_of
 
 # Attributes of modules that decide what spec_of makes of them.
 _WATCHED: dict[type, tuple[str, ...]] = {
@@ -75,13 +76,13 @@ def _structure(model: nn.Module) -> object:
     """The modules below ``model``, and of each its class, mode, hooks and watched attributes."""
     state = model.__dict__
     if type(model) is MLP:
-        return state["sizes"], state["activation"], state["bias"], _hooked(state)
+        return state["sizes"], state["activation"], state["bias"], hooks_of(model)
     seen: list[object] = []
     modules = [model]
     for module in modules:
         state = module.__dict__
         kind = type(module)
-        seen += (kind, state["training"], _hooked(state))
+        seen += (kind, state["training"], hooks_of(module))
         if kind in _WATCHED:
             seen += [state[name] for name in _WATCHED[kind]]
         children = state["_modules"]
@@ -89,16 +90,6 @@ def _structure(model: nn.Module) -> object:
             seen += children.values()
             modules += children.values()
     return seen
-
-
-def _hooked(state: dict[str, Any]) -> object:
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or None
-    )
 
 
 def _loss_state(loss_fn: Callable[..., Any]) -> object:
@@ -115,7 +106,7 @@ def _loss_state(loss_fn: Callable[..., Any]) -> object:
         state.get("ignore_index"),
         state.get("label_smoothing"),
         weight if weight is None else (_Identity(weight), weight._version),
-        _hooked(state),
+        hooks_of(loss_fn),
     )
 
 
