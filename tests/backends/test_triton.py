@@ -62,9 +62,9 @@ def test_kernels_interpreted() -> None:
 
 def test_reason_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: None)
     assert "pip install hvpfast[triton]" in str(triton.unavailable())
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "no CUDA" in str(triton.unavailable())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
