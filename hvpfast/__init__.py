@@ -31,8 +31,8 @@ from hvpfast.functional.products import (
     hvp_vjp,
     quadratic_form,
 )
-from hvpfast.mlp.checks import SlowBackendWarning
 from hvpfast.mlp.module import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
+from hvpfast.mlp.module_checks import SlowBackendWarning
 from hvpfast.operators.distributed import DistributedError, shard
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.many_models import ModelsOperator

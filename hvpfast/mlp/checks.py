@@ -1,19 +1,17 @@
-"""Checks of what users pass in; each error says what was expected, what came and what to do.
+"""Checks of the arguments that users pass, for one model and for M models of one network.
 
-The checks look at metadata only. Values are looked at where it is free: a loss that is not finite
-is explained by :func:`nonfinite_reason`, labels are checked by the backends while they read them.
+Each error says what was expected, what came and what to do. The checks read metadata only. Values
+are checked where that is free: labels by the backends while they read them, a loss that is not
+finite by :func:`nonfinite_reason` and :func:`check_losses`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor
 
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.choice import check_choice
@@ -21,42 +19,39 @@ from hvpfast.utils.choice import check_choice
 CURVATURES = ("hessian", "ggn")
 
 
-class SlowBackendWarning(UserWarning):
-    """A model runs on the reference backend, which is slow; the message says why."""
+def check_curvature(curvature: str) -> bool:
+    """Whether the curvature is "ggn" and not "hessian"; ValueError for any other name."""
+    check_choice("curvature", curvature, CURVATURES)
+    return curvature == "ggn"
 
 
-_warned: set[tuple[type, str]] = set()
+# ---- parameters, inputs and targets of one model ----
 
 
-def warn_slow(model: nn.Module, reason: str, *, stacklevel: int = 3) -> None:
-    """Say that the model runs on the reference backend: once per class of model and reason."""
-    if (type(model), reason) not in _warned:
-        _warned.add((type(model), reason))
-        warnings.warn(
-            f"{type(model).__name__} runs on the slow reference backend: {reason}. This is said "
-            "once; pass backend='reference' to mean it",
-            SlowBackendWarning,
-            stacklevel=stacklevel,
-        )
+def check_params(spec: MLPSpec, params: Tensor | Sequence[Tensor]) -> Tensor:
+    """The first parameter tensor, whose dtype and device all of them have.
+
+    Raises:
+        ValueError: wrong shapes, or not contiguous.
+        TypeError: not tensors, not floating point, or a mix of dtypes or devices.
+    """
+    if isinstance(params, Tensor):
+        shape_fits = params.shape == (spec.num_params,)
+        if shape_fits and params.is_contiguous() and params.is_floating_point():
+            return params
+    else:
+        try:
+            first = params[0]
+            uniform = len({(t.dtype, t.device) for t in params}) == 1 and first.is_floating_point()
+            shapes_fit = tuple([t.shape for t in params]) == spec.shapes
+            if uniform and shapes_fit and all(map(Tensor.is_contiguous, params)):
+                return first
+        except (AttributeError, IndexError, TypeError):  # not a list of tensors
+            pass
+    raise _params_mismatch(spec, params)
 
 
-def check_deterministic_modules(model: nn.Module) -> None:
-    """Raise ValueError for modules that draw random numbers or mix samples: both in train mode."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        mixes = isinstance(module, _BatchNorm)
-        p = getattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0.0)
-        draws = isinstance(module, nn.RReLU) or (isinstance(p, (int, float)) and p > 0)
-        if mixes or draws:
-            effect = "the loss of a sample depends on the others" if mixes else "the loss is random"
-            raise ValueError(
-                f"layer {name or 'the model itself'} is {type(module).__name__} in train mode: "
-                f"{effect}, so there is no one Hessian; call model.eval(), or .eval() on that layer"
-            )
-
-
-def params_mismatch(spec: MLPSpec, params: object) -> Exception:
+def _params_mismatch(spec: MLPSpec, params: object) -> Exception:
     """The error for parameters that are not what ``spec`` needs."""
     if isinstance(params, Tensor):
         if params.shape != (spec.num_params,):
@@ -94,29 +89,6 @@ def params_mismatch(spec: MLPSpec, params: object) -> Exception:
     raise AssertionError("params match")
 
 
-def check_params(spec: MLPSpec, params: Tensor | Sequence[Tensor]) -> Tensor:
-    """The first parameter tensor, which has the dtype and device of all.
-
-    Raises:
-        ValueError: wrong shapes, or not contiguous.
-        TypeError: not tensors, not floating point, or a mix of dtypes or devices.
-    """
-    if isinstance(params, Tensor):
-        shape_fits = params.shape == (spec.num_params,)
-        if shape_fits and params.is_contiguous() and params.is_floating_point():
-            return params
-    else:
-        try:
-            first = params[0]
-            uniform = len({(t.dtype, t.device) for t in params}) == 1 and first.is_floating_point()
-            shapes_fit = tuple([t.shape for t in params]) == spec.shapes
-            if uniform and shapes_fit and all(map(Tensor.is_contiguous, params)):
-                return first
-        except (AttributeError, IndexError, TypeError):  # not a list of tensors
-            pass
-    raise params_mismatch(spec, params)
-
-
 def check_batch(
     spec: MLPSpec, like: Tensor, x: Tensor, y: Tensor, *, name: str = "params"
 ) -> tuple[Tensor, Tensor]:
@@ -133,23 +105,18 @@ def check_batch(
     dtype, device = like.dtype, like.device
     both_cpu = x.is_cpu and y.is_cpu and like.is_cpu  # cheaper than comparing devices
     if x.dtype is not dtype or not (both_cpu or x.device == device):
-        raise TypeError(
-            f"x must be {dtype} on {device}, as {name}; got {x.dtype} on {x.device}. "
-            f"Convert it: x.to({name})"
-        )
+        raise _unlike_params(x, like, name)
     shape = x.shape
     if len(shape) != 2 or shape[1] != spec.sizes[0]:
         x = _flatten_inputs(x, spec.sizes[0])
         shape = x.shape
     n = shape[0]
     if n == 0:
-        raise ValueError(f"the batch is empty: x is {tuple(shape)}; pass one sample or more")
+        raise _no_samples(x)
     mse = spec.loss == "mse"
     y_dtype = dtype if mse else torch.int64
     if y.dtype is not y_dtype or not (both_cpu or y.device == device):
-        raise TypeError(
-            f"{spec.loss} targets y must be {y_dtype} on {device}; got {y.dtype} on {y.device}"
-        )
+        raise _wrong_targets(spec, y, y_dtype, device)
     y_shape = (n, spec.sizes[-1]) if mse else (n,)
     if y.shape != y_shape:
         hint = ". Did you mean y[:, None]?" if y_shape == (n, 1) and y.shape == (n,) else ""
@@ -172,21 +139,75 @@ def _flatten_inputs(x: Tensor, d_in: int) -> Tensor:
     raise ValueError(f"x must be (N, {d_in}) to match the first layer; got {tuple(x.shape)}{hint}")
 
 
-def check_labels(spec: MLPSpec, y: Tensor) -> None:
-    """Raise ValueError unless every label is in [0, D[L]) or is ``ignore_index``."""
-    classes = spec.sizes[-1]
-    wrong = ((y < 0) | (y >= classes)) & (y != spec.ignore_index)
-    if wrong.any():
-        n = int(wrong.nonzero()[0, 0])
-        raise ValueError(label_message(int(y[n]), n, classes, spec.ignore_index))
+# ---- parameters, inputs and targets of M models ----
 
 
-def label_message(label: int, n: int, classes: int, ignore_index: int) -> str:
-    """The message for a label out of range, in the words of the compiled backends."""
-    return (
-        f"labels must be in [0, {classes}) or equal ignore_index={ignore_index}; "
-        f"got y[{n}] = {label}. Is the last layer as wide as there are classes?"
-    )
+def check_models(spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs x and targets y of M models at ``params`` (M, P), contiguous.
+
+    x is (M, N, D[0]), or (N, D[0]) where all models share it; y is (M, N) or (N,) for
+    cross-entropy, (M, N, D[L]) or (N, D[L]) for mse. A tensor expanded along M comes back without
+    that axis, as shared.
+
+    Raises:
+        ValueError: wrong shapes, no models, no samples, or parameters that are not contiguous.
+        TypeError: not tensors, or a mix of dtypes or devices.
+    """
+    _check_rows_of_params(spec, params)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"x and y must be tensors; got {type(x).__name__} and {type(y).__name__}")
+    classes = spec.loss == "cross_entropy"
+    if (x.dtype, x.device) != (params.dtype, params.device):
+        raise _unlike_params(x, params, "params")
+    y_dtype = torch.int64 if classes else params.dtype
+    if (y.dtype, y.device) != (y_dtype, params.device):
+        raise _wrong_targets(spec, y, y_dtype, params.device)
+    M, d_in, d_out = len(params), spec.sizes[0], spec.sizes[-1]
+    if x.dim() not in (2, 3) or x.shape[-1] != d_in or (x.dim() == 3 and len(x) != M):
+        raise ValueError(
+            f"x must be ({M}, N, {d_in}), one batch per model, or (N, {d_in}) for samples that all "
+            f"{M} models share; got {tuple(x.shape)}"
+        )
+    N = x.shape[-2]
+    if N == 0:
+        raise _no_samples(x)
+    shared = (N,) if classes else (N, d_out)
+    if y.shape not in (shared, (M, *shared)):
+        raise ValueError(
+            f"{spec.loss} targets y must be {(M, *shared)}, or {shared} for targets that all {M} "
+            f"models share, for x {tuple(x.shape)}; got {tuple(y.shape)}"
+        )
+    return _shared_or_own(x, 2), _shared_or_own(y, len(shared))
+
+
+def _check_rows_of_params(spec: MLPSpec, params: Tensor) -> None:
+    """The errors of :func:`check_models` for params (M, P)."""
+    P, shape = spec.num_params, tuple(params.shape)
+    if shape[1] != P:
+        hint = ". Did you mean .T?" if shape[0] == P else ""
+        raise ValueError(
+            f"params of many models must be (M, {P}), one flat row per model, for sizes "
+            f"{spec.sizes}; got {shape}{hint}"
+        )
+    if shape[0] == 0:
+        raise ValueError(f"params is {shape}: no models; pass one row or more")
+    if not params.is_floating_point():
+        raise TypeError(f"params must be floating point; got {params.dtype}")
+    if not params.is_contiguous():
+        raise ValueError(
+            "params must be contiguous: they are used in place, never copied; got strides "
+            f"{params.stride()} for shape {shape}. Pass params.contiguous()"
+        )
+
+
+def _shared_or_own(t: Tensor, dim: int) -> Tensor:
+    """The tensor contiguous; without its model axis, above ``dim`` axes, where it is expanded."""
+    if t.dim() > dim and t.stride(0) == 0:
+        t = t[0]
+    return t.contiguous()
+
+
+# ---- tangents ----
 
 
 def tangent_rows(tangents: Tensor, num_params: int, like: Tensor, name: str = "tangents") -> Tensor:
@@ -202,7 +223,7 @@ def tangent_rows(tangents: Tensor, num_params: int, like: Tensor, name: str = "t
 
 
 def check_tangents(tangents: Tensor, num_params: int, like: Tensor, name: str = "tangents") -> None:
-    """Raise the errors of :func:`tangent_rows`."""
+    """The checks of :func:`tangent_rows`: raises its errors, returns nothing."""
     if not isinstance(tangents, Tensor):
         raise TypeError(
             f"{name} must be a tensor ({num_params},) or ({num_params}, K); got {_kind(tangents)}. "
@@ -210,10 +231,7 @@ def check_tangents(tangents: Tensor, num_params: int, like: Tensor, name: str = 
         )
     same_device = (tangents.is_cpu and like.is_cpu) or tangents.device == like.device
     if tangents.dtype is not like.dtype or not same_device:
-        raise TypeError(
-            f"{name} must be {like.dtype} on {like.device}, as the parameters; got "
-            f"{tangents.dtype} on {tangents.device}. Convert: {name}.to(device=..., dtype=...)"
-        )
+        raise _unlike_tangents(tangents, like, name)
     shape = tangents.shape
     if len(shape) not in (1, 2) or shape[0] != num_params:
         hint = ". Did you mean .T?" if len(shape) == 2 and shape[1] == num_params else ""
@@ -223,16 +241,80 @@ def check_tangents(tangents: Tensor, num_params: int, like: Tensor, name: str = 
         )
 
 
-def check_curvature(curvature: str) -> bool:
-    """True for "ggn", False for "hessian", ValueError otherwise."""
-    check_choice("curvature", curvature, CURVATURES)
-    return curvature == "ggn"
+def model_rows(tangents: Tensor, M: int, P: int, like: Tensor, name: str = "tangents") -> Tensor:
+    """Tangents of M models (M, P), or columns (M, P, K), as contiguous rows (M, 1, P), (M, K, P).
+
+    Raises:
+        ValueError: wrong shape.
+        TypeError: not a tensor, or a dtype or device other than that of the parameters.
+    """
+    if not isinstance(tangents, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor ({M}, {P}) or ({M}, {P}, K); got {type(tangents).__name__}. "
+            "Convert it: torch.as_tensor(...)"
+        )
+    if (tangents.dtype, tangents.device) != (like.dtype, like.device):
+        raise _unlike_tangents(tangents, like, name)
+    shape = tuple(tangents.shape)
+    if len(shape) not in (2, 3) or shape[:2] != (M, P):
+        hint = ""
+        if shape[:1] == (P,) and len(shape) < 3:
+            hint = f". For the same ones in every model: {name}.expand({M}, *{name}.shape)"
+        elif len(shape) == 3 and shape[::2] == (M, P):
+            hint = ". Did you mean .transpose(1, 2)?"
+        raise ValueError(
+            f"{name} of {M} models must be ({M}, {P}) or ({M}, {P}, K), one direction per column; "
+            f"got {shape}{hint}"
+        )
+    rows = tangents.unsqueeze(1) if len(shape) == 2 else tangents.transpose(1, 2)
+    return rows.detach().contiguous()
+
+
+def _unlike_tangents(tangents: Tensor, like: Tensor, name: str) -> TypeError:
+    return TypeError(
+        f"{name} must be {like.dtype} on {like.device}, as the parameters; got "
+        f"{tangents.dtype} on {tangents.device}. Convert: {name}.to(device=..., dtype=...)"
+    )
+
+
+# ---- values: labels and losses ----
+
+
+def check_labels(spec: MLPSpec, y: Tensor) -> None:
+    """Raise ValueError unless every label is in [0, D[L]) or is ``ignore_index``."""
+    classes = spec.sizes[-1]
+    wrong = ((y < 0) | (y >= classes)) & (y != spec.ignore_index)
+    if wrong.any():
+        n = int(wrong.nonzero()[0, 0])
+        raise ValueError(label_message(int(y[n]), n, classes, spec.ignore_index))
+
+
+def label_message(label: int, n: int, classes: int, ignore_index: int) -> str:
+    """The message for label ``n`` out of range; the compiled backends use the same words."""
+    return (
+        f"labels must be in [0, {classes}) or equal ignore_index={ignore_index}; "
+        f"got y[{n}] = {label}. Is the last layer as wide as there are classes?"
+    )
+
+
+def check_losses(spec: MLPSpec, loss: Tensor, params: Tensor, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless all losses (M,) are finite; the message explains the first other."""
+    wrong = ~torch.isfinite(loss)
+    if not bool(wrong.any()):
+        return
+    m = int(wrong.nonzero()[0, 0])
+    x_own = x[m] if x.dim() == 3 else x
+    y_own = y[m] if y.dim() > (1 if spec.loss == "cross_entropy" else 2) else y
+    reason = nonfinite_reason(float(loss[m]), spec, params[m], x_own, y_own)
+    others = int(wrong.sum()) - 1
+    rest = f". So it is for {others} more of the {len(loss)} models" if others else ""
+    raise ValueError(f"model {m}: {reason}{rest}")
 
 
 def nonfinite_reason(
     loss: float, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor
 ) -> str:
-    """Why a loss is not finite: which input holds NaN or inf, or that nothing counts."""
+    """Why a loss is not finite: inputs with NaN or inf, no target that counts, or an overflow."""
     named: list[tuple[str, Tensor]] = [("params", params)] if isinstance(params, Tensor) else []
     if not isinstance(params, Tensor):
         named = [(f"params {name}", t) for name, t in zip(spec.names, params, strict=True)]
@@ -260,121 +342,27 @@ def _nonfinite_entry(name: str, t: Tensor) -> str:
     return f"{name} has {int(wrong.sum())} entries that are NaN or inf, the first at [{where}]"
 
 
+# ---- messages in common ----
+
+
+def _unlike_params(x: Tensor, like: Tensor, name: str) -> TypeError:
+    return TypeError(
+        f"x must be {like.dtype} on {like.device}, as {name}; got {x.dtype} on {x.device}. "
+        f"Convert it: x.to({name})"
+    )
+
+
+def _wrong_targets(spec: MLPSpec, y: Tensor, dtype: torch.dtype, device: torch.device) -> TypeError:
+    return TypeError(
+        f"{spec.loss} targets y must be {dtype} on {device}; got {y.dtype} on {y.device}"
+    )
+
+
+def _no_samples(x: Tensor) -> ValueError:
+    return ValueError(f"the batch is empty: x is {tuple(x.shape)}; pass one sample or more")
+
+
 def _kind(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"a {type(value).__name__} of {sorted({type(v).__name__ for v in value})}"
     return type(value).__name__
-
-
-def check_models(spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs x and targets y of M models at ``params`` (M, P), contiguous.
-
-    x is (M, N, D[0]), or (N, D[0]) where all models share it, y likewise with its own shape. What
-    was expanded along M comes back without that axis: shared.
-
-    Raises:
-        ValueError: wrong shapes, no models, no samples, or parameters that are not contiguous.
-        TypeError: not tensors, or a mix of dtypes or devices.
-    """
-    _check_params(spec, params)
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"x and y must be tensors; got {type(x).__name__} and {type(y).__name__}")
-    classes = spec.loss == "cross_entropy"
-    like = params.dtype, params.device
-    if (x.dtype, x.device) != like:
-        raise TypeError(
-            f"x must be {params.dtype} on {params.device}, as params; got {x.dtype} on {x.device}. "
-            "Convert it: x.to(params)"
-        )
-    y_like = (torch.int64 if classes else params.dtype), params.device
-    if (y.dtype, y.device) != y_like:
-        raise TypeError(
-            f"{spec.loss} targets y must be {y_like[0]} on {y_like[1]}; got {y.dtype} on {y.device}"
-        )
-    M, d_in, d_out = len(params), spec.sizes[0], spec.sizes[-1]
-    if x.dim() not in (2, 3) or x.shape[-1] != d_in or (x.dim() == 3 and len(x) != M):
-        raise ValueError(
-            f"x must be ({M}, N, {d_in}), one batch per model, or (N, {d_in}) for samples that all "
-            f"{M} models share; got {tuple(x.shape)}"
-        )
-    N = x.shape[-2]
-    if N == 0:
-        raise ValueError(f"the batch is empty: x is {tuple(x.shape)}; pass one sample or more")
-    shared = (N,) if classes else (N, d_out)
-    if y.shape not in (shared, (M, *shared)):
-        raise ValueError(
-            f"{spec.loss} targets y must be {(M, *shared)}, or {shared} for targets that all {M} "
-            f"models share, for x {tuple(x.shape)}; got {tuple(y.shape)}"
-        )
-    return _shared_or_own(x, 2), _shared_or_own(y, len(shared))
-
-
-def _check_params(spec: MLPSpec, params: Tensor) -> None:
-    P, shape = spec.num_params, tuple(params.shape)
-    if shape[1] != P:
-        hint = ". Did you mean .T?" if shape[0] == P else ""
-        raise ValueError(
-            f"params of many models must be (M, {P}), one flat row per model, for sizes "
-            f"{spec.sizes}; got {shape}{hint}"
-        )
-    if shape[0] == 0:
-        raise ValueError(f"params is {shape}: no models; pass one row or more")
-    if not params.is_floating_point():
-        raise TypeError(f"params must be floating point; got {params.dtype}")
-    if not params.is_contiguous():
-        raise ValueError(
-            "params must be contiguous: they are used in place, never copied; got strides "
-            f"{params.stride()} for shape {shape}. Pass params.contiguous()"
-        )
-
-
-def _shared_or_own(t: Tensor, dim: int) -> Tensor:
-    if t.dim() > dim and t.stride(0) == 0:
-        t = t[0]
-    return t.contiguous()
-
-
-def check_losses(spec: MLPSpec, loss: Tensor, params: Tensor, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError where a loss of M models is not finite, for the first such model."""
-    wrong = ~torch.isfinite(loss)
-    if not bool(wrong.any()):
-        return
-    m = int(wrong.nonzero()[0, 0])
-    x_own = x[m] if x.dim() == 3 else x
-    y_own = y[m] if y.dim() > (1 if spec.loss == "cross_entropy" else 2) else y
-    reason = nonfinite_reason(float(loss[m]), spec, params[m], x_own, y_own)
-    others = int(wrong.sum()) - 1
-    rest = f". So it is for {others} more of the {len(loss)} models" if others else ""
-    raise ValueError(f"model {m}: {reason}{rest}")
-
-
-def model_rows(tangents: Tensor, M: int, P: int, like: Tensor, name: str = "tangents") -> Tensor:
-    """Tangents (M, P), or columns (M, P, K), as contiguous rows (M, 1, P) or (M, K, P).
-
-    Raises:
-        ValueError: wrong shape.
-        TypeError: not a tensor, or a dtype or device other than that of the parameters.
-    """
-    if not isinstance(tangents, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor ({M}, {P}) or ({M}, {P}, K); got {type(tangents).__name__}. "
-            "Convert it: torch.as_tensor(...)"
-        )
-    if (tangents.dtype, tangents.device) != (like.dtype, like.device):
-        raise TypeError(
-            f"{name} must be {like.dtype} on {like.device}, as the parameters; got "
-            f"{tangents.dtype} on {tangents.device}. Convert: {name}.to(device=..., dtype=...)"
-        )
-    shape = tuple(tangents.shape)
-    if len(shape) not in (2, 3) or shape[:2] != (M, P):
-        hint = ""
-        if shape[:1] == (P,) and len(shape) < 3:
-            hint = f". For the same ones in every model: {name}.expand({M}, *{name}.shape)"
-        elif len(shape) == 3 and shape[::2] == (M, P):
-            hint = ". Did you mean .transpose(1, 2)?"
-        raise ValueError(
-            f"{name} of {M} models must be ({M}, {P}) or ({M}, {P}, K), one direction per column; "
-            f"got {shape}{hint}"
-        )
-    rows = tangents.unsqueeze(1) if len(shape) == 2 else tangents.transpose(1, 2)
-    return rows.detach().contiguous()

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.backends.contract import State
-from hvpfast.mlp.checks import check_deterministic_modules
 from hvpfast.mlp.module import MLP
+from hvpfast.mlp.module_checks import check_deterministic_modules
 from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.data import Batches
 from hvpfast.operators.determinism import check_batch_twice, check_everything_twice

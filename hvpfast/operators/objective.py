@@ -17,8 +17,8 @@ from hvpfast import backends
 from hvpfast.backends.contract import State
 from hvpfast.backends.reference import state as reference
 from hvpfast.functional.linearize import linearize_model
-from hvpfast.mlp.checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.module import NotAnMLPError, params_of
+from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.recognised import plan_of
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.parameters import Entry

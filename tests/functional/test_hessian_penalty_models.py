@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 from hvpfast.functional.hessian_penalty import hessian_penalty
-from hvpfast.mlp import checks
+from hvpfast.mlp import module_checks as checks
 
 CURVATURES = ("hessian", "ggn")
 

@@ -13,8 +13,8 @@ from dense import classes, close, convnet, custom_loss, dense, perceptron, redra
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvpfast.mlp.checks import SlowBackendWarning, _warned
 from hvpfast.mlp.module import MLP
+from hvpfast.mlp.module_checks import SlowBackendWarning, _warned
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
 LOSS = nn.CrossEntropyLoss()

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvpfast.mlp.checks import check_batch, check_deterministic_modules, check_labels
+from hvpfast.mlp.checks import check_batch, check_labels
 from hvpfast.mlp.module import NotAnMLPError, params_of
+from hvpfast.mlp.module_checks import check_deterministic_modules
 from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec, split_flat
 from hvpfast.operators.data import Batches
 from hvpfast.operators.objective import spec_for

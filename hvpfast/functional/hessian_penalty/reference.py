@@ -14,7 +14,8 @@ from hvpfast.backends.reference.state import linearize_function
 from hvpfast.functional.hessian_penalty.call import PenaltyCall
 from hvpfast.functional.hessian_penalty.recorded import recorded
 from hvpfast.functional.penalty_kinds import check_probes, penalty_of
-from hvpfast.mlp.checks import check_deterministic_modules, tangent_rows, warn_slow
+from hvpfast.mlp.checks import tangent_rows
+from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.utils.choice import check_choice
 from hvpfast.utils.torch_private import tree_leaves
 
