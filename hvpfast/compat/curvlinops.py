@@ -68,7 +68,7 @@ class _CurvlinopsOperator(CurvatureOperator):
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """The gradient, as tensors shaped like the parameters, and the loss."""
-        return self._tree().split(self.gradient().unsqueeze(0), stacked=False), self.loss
+        return self.layout.split(self.gradient().unsqueeze(0), stacked=False), self.loss
 
 
 class HessianLinearOperator(_CurvlinopsOperator, HessianOperator):

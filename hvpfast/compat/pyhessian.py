@@ -95,7 +95,7 @@ class hessian:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        layout = self.operator._tree()
+        layout = self.operator.layout
         vectors = [layout.split(v.unsqueeze(0), stacked=False) for v in result.eigenvectors.T]
         return result.eigenvalues.tolist(), vectors
 

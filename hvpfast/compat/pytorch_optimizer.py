@@ -57,4 +57,4 @@ def hessian_for(
     options = {"check_deterministic": False} | options
     A = kind(model, loss_fn, params, data, **options)
     result = diagonal(A, num_matvecs, method=method, distribution=distribution, seed=seed)
-    return A._tree().split(result.estimate.unsqueeze(0), stacked=False)
+    return A.layout.split(result.estimate.unsqueeze(0), stacked=False)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvpfast.operators.parameters import Layout
+from hvpfast.operators.tangents import Layout, matrix_rows
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
@@ -58,6 +58,17 @@ class LinearOperator(ABC):
         return self._device
 
     @property
+    def layout(self) -> Layout:
+        """Names and shapes of the parameters, in the order of a flat vector (P,).
+
+        Raises:
+            TypeError: operators of different parameters are combined.
+        """
+        if self._layout is None:
+            raise TypeError("operators of different parameters are combined: give (P,) or (P, K)")
+        return self._layout
+
+    @property
     @abstractmethod
     def self_adjoint(self) -> bool:
         """Whether A = A'."""
@@ -66,7 +77,7 @@ class LinearOperator(ABC):
     def explain(self) -> str:
         """What runs and why, for people."""
 
-    def _agreed(self, number: int) -> int:
+    def agreed(self, number: int) -> int:
         """The number that all processes with a part of A go on with: the least of theirs."""
         return number
 
@@ -97,58 +108,30 @@ class LinearOperator(ABC):
             ValueError: tangents of another shape.
         """
         if isinstance(other, Tensor):
-            rows = self._apply(self._rows(other, 0))
+            rows = self._apply(matrix_rows(other, 0, self._size, self._dtype, self._device))
             return rows.T if other.dim() == 2 else rows.reshape(-1)
         if isinstance(other, LinearOperator):
             return _Product(self, other)
         if isinstance(other, Mapping):
-            names = self._tree().names
-            if set(other) != set(names):
-                raise ValueError(
-                    f"tangents must have the entries {', '.join(names)}; missing: "
-                    f"{sorted(set(names) - set(other))}, unknown: {sorted(set(other) - set(names))}"
-                )
-            return dict(zip(names, self._apply_tree([other[n] for n in names]), strict=True))
+            products = self._apply_tensors(self.layout.ordered(other))
+            return dict(zip(self.layout.names, products, strict=True))
         if isinstance(other, (list, tuple)):
-            return self._apply_tree(other)
+            return self._apply_tensors(other)
         return _refuse_array(other)
 
     def __rmatmul__(self, other: Any) -> Any:
         """``v @ A``, that is ``(A' v')'``, for v (P,) or rows (K, P)."""
         if not isinstance(other, Tensor):
             return _refuse_array(other)
-        rows = self._apply_adjoint(self._rows(other, 1))
+        given = matrix_rows(other, 1, self._size, self._dtype, self._device)
+        rows = self._apply_adjoint(given)
         return rows if other.dim() == 2 else rows.reshape(-1)
 
-    def _rows(self, given: Tensor, axis: int) -> Tensor:
-        """Contiguous, detached rows (K, P) of (P,), or of a matrix with P along ``axis``."""
-        size, dim = self._size, given.dim()
-        if dim not in (1, 2) or given.shape[axis if dim == 2 else 0] != size:
-            wanted = f"({size},) or " + (f"rows (K, {size})" if axis else f"columns ({size}, K)")
-            hint = ""
-            if dim == 2 and given.shape[1 - axis] == size:
-                kind = "rows of v @ A" if axis else "columns of A @ V"
-                hint = f". Did you mean .T? Tangents are the {kind}"
-            raise ValueError(
-                f"tangents must be {wanted} to match the parameters; got {tuple(given.shape)}{hint}"
-            )
-        if given.dtype != self._dtype or given.device != self._device:
-            raise TypeError(
-                f"tangents must be {self._dtype} on {self._device}; got {given.dtype} on "
-                f"{given.device}: use v.to(A.device, A.dtype), or build the operator with dtype="
-            )
-        rows = given.unsqueeze(0) if dim == 1 else given.T if axis == 0 else given
-        return (rows.detach() if rows.requires_grad else rows).contiguous()
-
-    def _tree(self) -> Layout:
-        if self._layout is None:
-            raise TypeError("operators of different parameters are combined: give (P,) or (P, K)")
-        return self._layout
-
-    def _apply_tree(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        layout = self._tree()
-        rows, stacked = layout.rows_of(tensors)
-        return layout.split(self._apply(self._rows(rows, 1)), stacked)
+    def _apply_tensors(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """``A @ v`` for tensors shaped like the parameters, or each with a trailing K."""
+        rows, stacked = self.layout.rows_of(tensors)
+        rows = matrix_rows(rows, 1, self._size, self._dtype, self._device)
+        return self.layout.split(self._apply(rows), stacked)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         return _Sum(self, other) if isinstance(other, LinearOperator) else _refuse_number(other)
@@ -163,21 +146,21 @@ class LinearOperator(ABC):
         return _refuse_number(other)
 
     def __neg__(self) -> LinearOperator:
-        return _Affine(self, -1.0, 0.0)
+        return Affine(self, -1.0, 0.0)
 
     def __mul__(self, number: float | Tensor) -> LinearOperator:
-        return _Affine(self, float(number), 0.0) if _is_number(number) else NotImplemented
+        return Affine(self, float(number), 0.0) if _is_number(number) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, number: float | Tensor) -> LinearOperator:
-        return _Affine(self, 1.0 / float(number), 0.0) if _is_number(number) else NotImplemented
+        return Affine(self, 1.0 / float(number), 0.0) if _is_number(number) else NotImplemented
 
     def shift(self, number: float | Tensor) -> LinearOperator:
         """``A + c I`` for a real number c, for instance a damping."""
         if not _is_number(number):
             raise TypeError(f"shift needs a real number; got {type(number).__name__}")
-        return _Affine(self, 1.0, float(number))
+        return Affine(self, 1.0, float(number))
 
     def adjoint(self) -> LinearOperator:
         """``A'``: the operator itself where it is self-adjoint."""
@@ -262,9 +245,9 @@ class _Combined(LinearOperator):
         super().__init__(first.shape[0], first.dtype, first.device, first._layout if same else None)
         self._operands = operands
 
-    def _agreed(self, number: int) -> int:
+    def agreed(self, number: int) -> int:
         for operand in self._operands:
-            number = operand._agreed(number)
+            number = operand.agreed(number)
         return number
 
     @abstractmethod
@@ -295,12 +278,12 @@ class _Sum(_Combined):
         return self._operands[0]._apply_adjoint(rows).add_(self._operands[1]._apply_adjoint(rows))
 
 
-class _Affine(_Combined):
+class Affine(_Combined):
     """c A + s I."""
 
     def __init__(self, operand: LinearOperator, factor: float, shift: float) -> None:
         super().__init__(operand)
-        self._factor, self._shift = factor, shift
+        self.operand, self._factor, self._shift = operand, factor, shift
 
     def _formula(self) -> str:
         scaled = "A" if self._factor == 1 else f"{self._factor:g} A"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hvpfast.backends.probes.draw import probes
 from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.distributed import together
-from hvpfast.operators.linearized_data import Points
-from hvpfast.operators.objective import MLPProblem
+from hvpfast.operators.linearized_data import LinearizedData
+from hvpfast.operators.objective import MLPObjective
 
 __all__ = ["check_batch_twice", "check_everything_twice"]
 
@@ -22,7 +22,7 @@ _REMEMBERED = 256
 
 
 def check_batch_twice(
-    points: Points, model: nn.Module, loss_fn: Callable[..., Any], data: Any
+    linearized: LinearizedData, model: nn.Module, loss_fn: Callable[..., Any], data: Any
 ) -> str:
     """Compare two losses and gradients of one batch, once per kind of model, mode and data.
 
@@ -32,7 +32,7 @@ def check_batch_twice(
     Raises:
         RuntimeError: they differ.
     """
-    if isinstance(points.problem, MLPProblem):
+    if isinstance(linearized.objective, MLPObjective):
         return "given, the backend evaluates the MLP itself"
     modules = list(model.modules())
     parts = data if isinstance(data, tuple) else (data,)
@@ -44,11 +44,11 @@ def check_batch_twice(
     )
     if key in _passed:
         return "checked before, for this kind of model, mode and data"
-    with points.running():
-        batch = next((batch for batch in points.batches if points.weight(batch) > 0), None)
+    with linearized.running():
+        batch = next((batch for batch in linearized.batches if linearized.weight(batch) > 0), None)
         if batch is None:
             return "not checked, this process has no data"
-        states = [points.problem.linearize(batch) for _ in range(2)]
+        states = [linearized.objective.linearize(batch) for _ in range(2)]
         values = [(state.loss, state.gradient()) for state in states]
     _compare("two evaluations of one batch", *values)
     _passed[key] = None
@@ -57,7 +57,7 @@ def check_batch_twice(
     return "checked, two evaluations of one batch agree"
 
 
-def check_everything_twice(operator: LinearOperator, points: Points) -> str:
+def check_everything_twice(operator: LinearOperator, linearized: LinearizedData) -> str:
     """Compare two readings of the data, and two losses, gradients and products over all data.
 
     Returns:
@@ -66,8 +66,8 @@ def check_everything_twice(operator: LinearOperator, points: Points) -> str:
     Raises:
         RuntimeError: they differ.
     """
-    with together(points.group, "second reading of the data"):
-        if not points.batches.repeats():
+    with together(linearized.group, "second reading of the data"):
+        if not linearized.batches.repeats():
             raise RuntimeError(
                 "the data are not deterministic: two readings gave different batches. Pass "
                 "list(data), or a loader that repeats itself; check_deterministic=False takes the "
@@ -77,8 +77,8 @@ def check_everything_twice(operator: LinearOperator, points: Points) -> str:
     values = []
     for evaluation in range(2):
         if evaluation:
-            points.update()
-        values.append((points.loss, points.gradient(), operator @ v))
+            linearized.update()
+        values.append((linearized.loss, linearized.gradient(), operator @ v))
     _compare("two evaluations of all data", *values)
     return "checked, two evaluations and products over all data agree"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hvpfast.backends.contract import State
 from hvpfast.mlp.spec import MLPSpec
-from hvpfast.operators.linearized_data import Points
-from hvpfast.operators.objective import MLPProblem
+from hvpfast.operators.linearized_data import LinearizedData
+from hvpfast.operators.objective import MLPObjective
 from hvpfast.operators.parameters import Subset
 from hvpfast.operators.reduction import batch_size
 
@@ -48,7 +48,7 @@ class Cores:
     for samples are taken in chunks.
 
     Args:
-        points: the linearizations.
+        linearized: the data, linearized.
         subset: the parameters among those of the network.
         ggn: of the Gauss-Newton matrix.
 
@@ -57,16 +57,16 @@ class Cores:
             parameter tensor is chosen in part, or the data are spread over processes.
     """
 
-    def __init__(self, points: Points, subset: Subset, ggn: bool) -> None:
-        problem = points.problem
-        if not isinstance(problem, MLPProblem):
+    def __init__(self, linearized: LinearizedData, subset: Subset, ggn: bool) -> None:
+        objective = linearized.objective
+        if not isinstance(objective, MLPObjective):
             raise NotImplementedError(
-                f"per-sample cores are those of multilayer perceptrons ({problem.text})"
+                f"per-sample cores are those of multilayer perceptrons ({objective.text})"
             )
-        if points.group is not None:
+        if linearized.group is not None:
             raise NotImplementedError("per-sample cores are not shared between processes")
-        self._points, self._subset, self._ggn = points, subset, ggn
-        self._spec: MLPSpec = problem.spec
+        self._linearized, self._subset, self._ggn = linearized, subset, ggn
+        self._spec: MLPSpec = objective.spec
         ends = list(itertools.accumulate(self._spec.numels, initial=0))
         self._chosen = [subset.holds(a, b) for a, b in itertools.pairwise(ends)]
 
@@ -77,7 +77,7 @@ class Cores:
             RuntimeError: parameters or data were changed since the operator was made.
             MemoryError: the scratch memory of a few samples is not available.
         """
-        return self.sample_traces().double().sum().to(self._points.problem.dtype)
+        return self.sample_traces().double().sum().to(self._linearized.objective.dtype)
 
     def sample_traces(self) -> Tensor:
         """The trace of each sample's part of H, (N,), in the order of the data; their sum is tr H.
@@ -85,13 +85,13 @@ class Cores:
         Raises:
             RuntimeError, MemoryError: as :meth:`trace`.
         """
-        points, ggn, chosen = self._points, self._ggn, self._chosen
+        linearized, ggn, chosen = self._linearized, self._ggn, self._chosen
         parts = self._over_batches(lambda c, s: c * s.sample_traces(ggn, chosen), "traces")
-        if points.skipped:  # batches of which no sample counts
+        if linearized.skipped:  # batches of which no sample counts
             found, parts = iter(parts), []
-            for c, batch in zip(points._coefficients, points.batches, strict=True):
-                empty = torch.zeros(batch_size(batch), dtype=points.problem.dtype)
-                parts.append(next(found) if c > 0 else empty.to(points.problem.device))
+            for c, batch in zip(linearized.coefficients, linearized.batches, strict=True):
+                empty = torch.zeros(batch_size(batch), dtype=linearized.objective.dtype)
+                parts.append(next(found) if c > 0 else empty.to(linearized.objective.device))
         return torch.cat(parts)
 
     def diagonal(self) -> Tensor:
@@ -112,16 +112,18 @@ class Cores:
         Raises:
             RuntimeError, MemoryError: as :meth:`trace`.
         """
-        points, total = self._points, 0.0
-        points.check_current()
-        with points.running():
-            for index, (c, state) in enumerate(points.states("tr H^2")):
+        linearized, total = self._linearized, 0.0
+        linearized.check_current()
+        with linearized.running():
+            for index, (c, state) in enumerate(linearized.states("tr H^2")):
                 total += c * c * state.inner_product(state, self._ggn, self._chosen)
-                others = itertools.islice(points.states("tr H^2"), index)
+                others = itertools.islice(linearized.states("tr H^2"), index)
                 for c_other, other in others:
                     value = state.inner_product(other, self._ggn, self._chosen)
                     total += 2 * c * c_other * value
-        return torch.tensor(total, dtype=points.problem.dtype, device=points.problem.device)
+        return torch.tensor(
+            total, dtype=linearized.objective.dtype, device=linearized.objective.device
+        )
 
     def cost(self) -> CoreCost:
         """What the values take, in multiply-adds.
@@ -129,7 +131,7 @@ class Cores:
         Counts the matrix products: for N samples and widths D, sum_l D[l]^2 D[l+1] N and more for
         the cores; for tr H^2 the pairs of samples times the entries of the cores.
         """
-        num_samples = sum(batch_size(batch) for batch in self._points.batches)
+        num_samples = sum(batch_size(batch) for batch in self._linearized.batches)
         per_core, per_pair = _counts(self._spec, self._ggn)
         layers = list(itertools.pairwise(self._spec.sizes))
         per_sample = 6 * sum(a * b for a, b in layers) - 4 * layers[0][0] * layers[0][1]
@@ -142,10 +144,10 @@ class Cores:
 
     def _over_batches(self, value: Callable[[float, State], Tensor], what: str) -> list[Tensor]:
         """The values of all batches that count."""
-        points = self._points
-        points.check_current()
-        with points.running():
-            return [value(c, state) for c, state in points.states(what)]
+        linearized = self._linearized
+        linearized.check_current()
+        with linearized.running():
+            return [value(c, state) for c, state in linearized.states(what)]
 
 
 def _counts(spec: MLPSpec, ggn: bool) -> tuple[tuple[float, float], float]:

@@ -25,15 +25,16 @@ from hvpfast.operators.data import Batches
 from hvpfast.operators.determinism import check_batch_twice, check_everything_twice
 from hvpfast.operators.distributed import Group, processes_here, settings_of, together
 from hvpfast.operators.exact import Cores
-from hvpfast.operators.linearized_data import Points
-from hvpfast.operators.objective import problem_for
-from hvpfast.operators.parameters import Entry, Layout, Subset, layers_of, matching, select
+from hvpfast.operators.linearized_data import LinearizedData
+from hvpfast.operators.objective import objective_for
+from hvpfast.operators.parameters import Entry, Subset, layers_of, matching, select
 from hvpfast.operators.reduction import BatchWeight
+from hvpfast.operators.tangents import Layout, matrix_rows
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, budget_of, bytes_text, out_of_memory
 
 __all__ = ["GGNOperator", "HessianOperator"]
 
-_LARGE = 2**26  # bytes of a product from which free memory is looked at first
+_LARGE = 2**26  # bytes of products from which free memory is checked before
 
 
 class CurvatureOperator(LinearOperator):
@@ -41,7 +42,7 @@ class CurvatureOperator(LinearOperator):
 
     Attributes:
         model: the module.
-        points: the linearizations of all batches.
+        linearized: the data, all batches linearized.
         entries: the chosen parameters.
         subset: how rows over all parameters become rows over the chosen ones.
     """
@@ -75,45 +76,51 @@ class CurvatureOperator(LinearOperator):
             budget = budget_of(memory_budget, free)
             batches = Batches(data, device, dtype, budget, may_be_empty=group is not None)
             first = next(iter(batches), None)
-            problem = problem_for(model, loss_fn, entries, weight, first, backend, dtype)
+            objective = objective_for(model, loss_fn, entries, weight, first, backend, dtype)
         if group is not None:
             chosen = {f"parameter {i}": f"{e.name} {e.shape}" for i, e in enumerate(entries)}
             kind = {"kind": type(self).__name__, "check_deterministic": check_deterministic}
-            form = {"dtype": problem.dtype, "reduction": weight.reduction}
+            form = {"dtype": objective.dtype, "reduction": weight.reduction}
             group.same("settings", settings_of(model, loss_fn) | chosen | kind | form)
-        points = Points(problem, batches, weight, budget, free, progressbar, group)
-        self._setup(model, points, entries, chunk_size)
+        linearized = LinearizedData(objective, batches, weight, budget, free, progressbar, group)
+        self._setup(model, linearized, entries, chunk_size)
         self._determinism = "not checked"
         if check_deterministic is True:
-            self._determinism = check_everything_twice(self, points)
+            self._determinism = check_everything_twice(self, linearized)
         elif check_deterministic == "auto":
             with together(group, "check that the loss is deterministic"):
-                self._determinism = check_batch_twice(points, model, loss_fn, data)
+                self._determinism = check_batch_twice(linearized, model, loss_fn, data)
 
     def _setup(
-        self, model: nn.Module, points: Points, entries: list[Entry], chunk_size: int | str
+        self,
+        model: nn.Module,
+        linearized: LinearizedData,
+        entries: list[Entry],
+        chunk_size: int | str,
     ) -> None:
         layout = Layout(tuple(e.name for e in entries), tuple(e.shape for e in entries))
-        super().__init__(sum(layout.numels), points.problem.dtype, points.problem.device, layout)
-        self.model, self.points, self.entries = model, points, entries
+        super().__init__(
+            sum(layout.numels), linearized.objective.dtype, linearized.objective.device, layout
+        )
+        self.model, self.linearized, self.entries = model, linearized, entries
         self._chunk_size = chunk_size
         self._names = layout.names
-        self.subset = Subset(entries, points.problem.tensors)
-        width = sum(t.numel() for t in points.problem.tensors)
+        self.subset = Subset(entries, linearized.objective.tensors)
+        width = sum(t.numel() for t in linearized.objective.tensors)
         # one tangent's memory, estimated: itself and its product, both whole, twice; layer values
-        self._row_bytes = 4 * width * self._dtype.itemsize + points.largest
+        self._row_bytes = 4 * width * self.dtype.itemsize + linearized.largest
 
     # What it is.
 
     @property
     def backend(self) -> str:
         """Name of the backend that runs."""
-        return self.points.problem.backend
+        return self.linearized.objective.backend
 
     @property
     def num_params(self) -> int:
         """Number of chosen parameters P."""
-        return self._size
+        return self.shape[0]
 
     @property
     def param_names(self) -> tuple[str, ...]:
@@ -128,19 +135,19 @@ class CurvatureOperator(LinearOperator):
     @property
     def loss(self) -> Tensor:
         """The loss L over all data, 0-dim."""
-        self.points.check_current()
-        return self.points.loss.clone()
+        self.linearized.check_current()
+        return self.linearized.loss.clone()
 
     def gradient(self) -> Tensor:
         """The gradient dL/dp over all data, (P,)."""
-        return self.subset.restrict(self.points.gradient().unsqueeze(0))[0]
+        return self.subset.restrict(self.linearized.gradient().unsqueeze(0))[0]
 
     def refresh(self) -> None:
         """Move to the present values of parameters, buffers and data: linearize again.
 
         Blocks made by :meth:`blocks` on a backend for MLPs move with their operator.
         """
-        self.points.update()
+        self.linearized.update()
 
     def blocks(
         self, groups: Iterable[str | Iterable[str]] | None = None
@@ -158,7 +165,7 @@ class CurvatureOperator(LinearOperator):
         Raises:
             ValueError: a pattern matches no parameter of this operator.
         """
-        self.points.check_current()
+        self.linearized.check_current()
         entries, parts = self.entries, list[list[Entry]]()
         if isinstance(self.model, MLP) and entries[0].shape == self.model.flat.shape:
             entries = layers_of(self.model)  # the flat tensor of an MLP has layers inside
@@ -174,7 +181,7 @@ class CurvatureOperator(LinearOperator):
 
     def _block(self, entries: list[Entry]) -> CurvatureOperator:
         block = type(self).__new__(type(self))
-        block._setup(self.model, self.points.narrowed(entries), entries, self._chunk_size)
+        block._setup(self.model, self.linearized.narrowed(entries), entries, self._chunk_size)
         block._determinism = self._determinism
         return block
 
@@ -185,11 +192,11 @@ class CurvatureOperator(LinearOperator):
         if self._chunk_size == "auto":
             chunk = f"auto, up to {self._chunk()} tangents at a time"
         lines = [
-            f"{kind} of {type(self.model).__name__}, P = {self._size}, {self._dtype} on "
-            f"{self._device}",
-            self.points.problem.text,
+            f"{kind} of {type(self.model).__name__}, P = {self.num_params}, {self.dtype} on "
+            f"{self.device}",
+            self.linearized.objective.text,
             f"parameters: {', '.join(self._names[:8])}" + (", ..." if len(self._names) > 8 else ""),
-            *self.points.describe(),
+            *self.linearized.describe(),
             f"chunk_size: {chunk}",
             f"determinism: {self._determinism}",
         ]
@@ -204,11 +211,12 @@ class CurvatureOperator(LinearOperator):
             NotImplementedError: the operator is not that of a perceptron, or its data are spread
                 over processes; the message is the reason.
         """
-        return Cores(self.points, self.subset, self._ggn)
+        return Cores(self.linearized, self.subset, self._ggn)
 
     def quadratic_form(self, tangents: Tensor) -> Tensor:
         """``v' A v`` without forming ``A v``: 0-dim for (P,), (K,) for columns (P, K)."""
-        rows, group = self._rows(tangents, 0), self.points.group
+        rows = matrix_rows(tangents, 0, self.num_params, self.dtype, self.device)
+        group = self.linearized.group
         if group is None:
             out = self._own_quadratic(rows)
         else:
@@ -223,7 +231,7 @@ class CurvatureOperator(LinearOperator):
         return out
 
     def _apply(self, rows: Tensor) -> Tensor:
-        group = self.points.group
+        group = self.linearized.group
         if group is None:
             return self._own_product(rows)
         part = functools.partial(self._own_product, rows)
@@ -231,13 +239,12 @@ class CurvatureOperator(LinearOperator):
 
     def _own_product(self, rows: Tensor) -> Tensor:
         """``A v_k`` (K, P) with this process's data."""
-        points, subset, count = self.points, self.subset, rows.shape[0]
-        size = count * self._size * rows.element_size()
-        if size > _LARGE:
-            self._check_room(count, size)
-        state = points.only
+        linearized, subset, count = self.linearized, self.subset, rows.shape[0]
+        if rows.nbytes > _LARGE:
+            self._check_room(count, rows.nbytes)
+        state = linearized.only
         if state is not None and count <= self._chunk():
-            points.check_current()
+            linearized.check_current()
             try:
                 return subset.restrict(state.hvp(subset.embed(rows), self._ggn))
             except (MemoryError, RuntimeError) as error:
@@ -251,11 +258,11 @@ class CurvatureOperator(LinearOperator):
         self, rows: Tensor, out: Tensor, product: Callable[[State, Tensor], Tensor]
     ) -> None:
         """``out[k] += sum_b c_b product(state of batch b, row k)``, in chunks of the K rows."""
-        points, chunk, count = self.points, self._chunk(), rows.shape[0]
-        points.check_current()
+        linearized, chunk, count = self.linearized, self._chunk(), rows.shape[0]
+        linearized.check_current()
         try:
-            with points.running():
-                for coefficient, state in points.states("product") if count else ():
+            with linearized.running():
+                for coefficient, state in linearized.states("product") if count else ():
                     for start in range(0, count, chunk):
                         part = self.subset.embed(rows[start : start + chunk])
                         value = product(state, part)
@@ -264,17 +271,17 @@ class CurvatureOperator(LinearOperator):
             self._explain_memory(error, min(chunk, count))
             raise
 
-    def _agreed(self, number: int) -> int:
-        group = self.points.group
+    def agreed(self, number: int) -> int:
+        group = self.linearized.group
         return number if group is None else group.least(number)
 
     def _explain_memory(self, error: Exception, count: int) -> None:
         """Raise MemoryError with sizes where a product with ``count`` tangents ran out of it."""
         if out_of_memory(error) and "ran out of memory" not in str(error):
             raise MemoryError(
-                f"a product with {count} tangents of {self._size:,} {self._dtype} parameters ran "
-                f"out of memory: it needs about {bytes_text(count * self._row_bytes)}, and "
-                f"{bytes_text(available_bytes(self._device))} are available; "
+                f"a product with {count} tangents of {self.num_params:,} {self.dtype} parameters "
+                f"ran out of memory: it needs about {bytes_text(count * self._row_bytes)}, and "
+                f"{bytes_text(available_bytes(self.device))} are available; "
                 f"chunk_size={max(1, count // 4)} takes a quarter, smaller batches help too"
             ) from error
 
@@ -282,14 +289,14 @@ class CurvatureOperator(LinearOperator):
         """Tangents that are multiplied at once."""
         if isinstance(self._chunk_size, int):
             return self._chunk_size
-        return max(1, int(WORK_SHARE * self.points.free) // self._row_bytes)
+        return max(1, int(WORK_SHARE * self.linearized.free) // self._row_bytes)
 
     def _check_room(self, count: int, size: int) -> None:
         """Raise MemoryError where the K products cannot be held."""
-        free = available_bytes(self._device)
+        free = available_bytes(self.device)
         if size > free:
             raise MemoryError(
-                f"K = {count} products of {self._size:,} {self._dtype} parameters take "
+                f"K = {count} products of {self.num_params:,} {self.dtype} parameters take "
                 f"{bytes_text(size)}, and {bytes_text(free)} are available; give at most "
                 f"{max(1, free * count // (2 * size))} columns at a time"
             )

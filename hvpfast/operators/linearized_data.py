@@ -12,22 +12,22 @@ from torch import Tensor
 from hvpfast.backends.contract import State
 from hvpfast.operators.data import Batches
 from hvpfast.operators.distributed import Group, checksum
-from hvpfast.operators.objective import FunctionProblem, MLPProblem, Watch
+from hvpfast.operators.objective import FunctionObjective, MLPObjective, Watch
 from hvpfast.operators.parameters import Entry
 from hvpfast.operators.reduction import Batch, BatchWeight, batch_size
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.utils.random_state import RandomState
 
-__all__ = ["Points"]
+__all__ = ["LinearizedData"]
 
 
-class Points:
+class LinearizedData:
     """The loss L = sum_b c_b L_b over batches at fixed parameters, batch by batch.
 
     Coefficients c_b are n_b / sum n_b for a mean, 1 for a sum (see ``reduction.py``).
 
     Args:
-        problem: what is linearized.
+        objective: what is linearized.
         batches: the data.
         weight: the weight n_b of a batch.
         budget: bytes that kept data and states may take; other states are made in every pass.
@@ -47,7 +47,7 @@ class Points:
 
     def __init__(
         self,
-        problem: MLPProblem | FunctionProblem,
+        objective: MLPObjective | FunctionObjective,
         batches: Batches,
         weight: BatchWeight,
         budget: int,
@@ -55,11 +55,11 @@ class Points:
         progressbar: bool,
         group: Group | None = None,
     ) -> None:
-        self.problem, self.batches, self.weight, self.group = problem, batches, weight, group
+        self.objective, self.batches, self.weight, self.group = objective, batches, weight, group
         self.budget, self._free, self._progressbar = budget, free, progressbar
-        self.on_backend = isinstance(problem, MLPProblem)
+        self.on_backend = isinstance(objective, MLPObjective)
         # a model that draws random numbers draws them from here, not from the caller's generators
-        self._random = None if self.on_backend else RandomState(device=problem.device)
+        self._random = None if self.on_backend else RandomState(device=objective.device)
         self.update()
 
     def update(self) -> None:
@@ -82,17 +82,17 @@ class Points:
                 "no target counts: in every batch all targets have ignore_index or a class weight "
                 "of zero, so the mean is 0/0; give batches with targets that count"
             )
-        self._coefficients = [w / total for w in weights]
+        self.coefficients = [w / total for w in weights]
         self.skipped = sum(w == 0 for w in weights)
         self.kept = sum(state is not None for state in self._states)
         self.total = total
-        alone = self.on_backend and self._coefficients == [1.0] and not self._progressbar
+        alone = self.on_backend and self.coefficients == [1.0] and not self._progressbar
         self.only = self._states[0] if alone else None
         if self.group is None:
-            value = sum(c * loss for c, loss in zip(self._coefficients, losses, strict=True))
+            value = sum(c * loss for c, loss in zip(self.coefficients, losses, strict=True))
         else:
             value = total_loss / total
-        self.loss = torch.tensor(value, dtype=self.problem.dtype, device=self.problem.device)
+        self.loss = torch.tensor(value, dtype=self.objective.dtype, device=self.objective.device)
         self.free = max(0, self._free - self.kept_bytes - self.batches.nbytes)
         self._failed = False
 
@@ -100,9 +100,9 @@ class Points:
         """The weights n_b and losses L_b of this process's batches, whose states are kept."""
         self._states: list[State | None] = []
         self.kept_bytes = self.largest = 0
-        self.problem.check_modes()
-        self.problem.update()
-        self._watch = Watch([*self.problem.watched(), *self.batches.tensors()])
+        self.objective.check_modes()
+        self.objective.update()
+        self._watch = Watch([*self.objective.watched(), *self.batches.tensors()])
         weights: list[float] = []
         losses: list[float] = []
         with self.running():
@@ -126,7 +126,7 @@ class Points:
             weighted = sum(w * loss for w, loss in zip(own, losses, strict=True))
             return torch.tensor([sum(own), weighted], dtype=torch.float64)
 
-        watched = self.problem.watched()
+        watched = self.objective.watched()
         sums, marks = group.total("linearization", part, (2,), mark=lambda: checksum(watched))
         if len(set(marks)) > 1:
             sums_by_tensor = {
@@ -145,13 +145,13 @@ class Points:
 
     def _linearize(self, index: int, batch: Batch) -> State:
         try:
-            return self.problem.linearize(batch)
+            return self.objective.linearize(batch)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise MemoryError(
                 f"linearizing batch {index} of {batch_size(batch)} samples ran out of memory; "
-                f"{bytes_text(available_bytes(self.problem.device))} are available beside "
+                f"{bytes_text(available_bytes(self.objective.device))} are available beside "
                 f"{bytes_text(self.kept_bytes)} kept: give smaller batches or memory_budget=0"
             ) from error
         except (ValueError, TypeError) as error:
@@ -159,15 +159,15 @@ class Points:
                 raise
             raise type(error)(f"batch {index} of data: {error}") from error
 
-    def narrowed(self, entries: Sequence[Entry]) -> Points:
-        """Points for products with these entries only: the same ones where a backend runs."""
-        if isinstance(self.problem, MLPProblem):
+    def narrowed(self, entries: Sequence[Entry]) -> LinearizedData:
+        """The same for products with these entries only: itself where a backend runs."""
+        if isinstance(self.objective, MLPObjective):
             return self
         owners = list({id(entry.owner): entry.owner for entry in entries}.values())
         left = max(0, self.budget - self.kept_bytes)
-        problem = self.problem.narrowed(owners)
+        objective = self.objective.narrowed(owners)
         rest = left, self.free, self._progressbar, self.group
-        return Points(problem, self.batches, self.weight, *rest)
+        return LinearizedData(objective, self.batches, self.weight, *rest)
 
     def states(self, what: str) -> Iterator[tuple[float, State]]:
         """(c_b, state of batch b) for all batches that count, in order."""
@@ -176,18 +176,18 @@ class Points:
         else:
             shown = self._shown(self.batches, what)
         for index, batch in enumerate(shown):
-            if self._coefficients[index] > 0:
+            if self.coefficients[index] > 0:
                 state = self._states[index]
                 if state is None:
                     state = self._linearize(index, batch)
-                yield self._coefficients[index], state
+                yield self.coefficients[index], state
 
     def gradient(self) -> Tensor:
         """The gradient of L, (F,)."""
         if self.group is None:
             return self._own_gradient()
-        size = sum(t.numel() for t in self.problem.tensors)
-        like = self.problem.dtype, self.problem.device
+        size = sum(t.numel() for t in self.objective.tensors)
+        like = self.objective.dtype, self.objective.device
         return self.group.total("gradient", self._own_gradient, (size,), *like)[0]
 
     def _own_gradient(self) -> Tensor:
@@ -199,8 +199,8 @@ class Points:
                 part = state.gradient()
                 total = part * coefficient if total is None else total.add_(part, alpha=coefficient)
         if total is None:  # a shard without targets that count
-            size = sum(t.numel() for t in self.problem.tensors)
-            total = torch.zeros(size, dtype=self.problem.dtype, device=self.problem.device)
+            size = sum(t.numel() for t in self.objective.tensors)
+            total = torch.zeros(size, dtype=self.objective.dtype, device=self.objective.device)
         return total
 
     def check_current(self) -> None:
@@ -218,7 +218,7 @@ class Points:
                 "it belongs to their old values. Call H.refresh() to move it to the new ones"
             )
         if not self.on_backend:
-            self.problem.check_modes()
+            self.objective.check_modes()
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -112,7 +112,7 @@ class Products:
     def agreed(self, number: int) -> int:
         """The number that all processes with a part of the operator go on with: their least."""
         operator = self.operator
-        return operator._agreed(number) if isinstance(operator, LinearOperator) else number
+        return operator.agreed(number) if isinstance(operator, LinearOperator) else number
 
     def chunk(self, copies: int = 4) -> int:
         """Rows that may be in work at once, where ``copies`` arrays of them are alive."""

@@ -24,7 +24,7 @@ from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.parameters import Entry
 from hvpfast.operators.reduction import Batch, BatchWeight
 
-__all__ = ["FunctionProblem", "MLPProblem", "Watch", "problem_for", "spec_for"]
+__all__ = ["FunctionObjective", "MLPObjective", "Watch", "objective_for", "spec_for"]
 
 
 class Watch:
@@ -47,7 +47,7 @@ class Watch:
 _version = operator.attrgetter("_version")
 
 
-class MLPProblem:
+class MLPObjective:
     """A multilayer perceptron with a loss that the backends know."""
 
     def __init__(
@@ -83,7 +83,7 @@ class MLPProblem:
         """Nothing: the states do not run the modules."""
 
 
-class FunctionProblem:
+class FunctionObjective:
     """Any model with any loss, evaluated by ``torch.func`` on the reference backend."""
 
     def __init__(
@@ -122,10 +122,10 @@ class FunctionProblem:
         self._constants = {name: self._cast(p) for name, p in others}
         self._buffers = {name: self._cast(b) for name, b in self._model.named_buffers()}
 
-    def narrowed(self, tensors: Sequence[Tensor]) -> FunctionProblem:
+    def narrowed(self, tensors: Sequence[Tensor]) -> FunctionObjective:
         """The same function of fewer parameters; the others are constants."""
         rest = self._weight, self._convert_to, self._reason
-        return FunctionProblem(self._model, self._loss_fn, tensors, *rest)
+        return FunctionObjective(self._model, self._loss_fn, tensors, *rest)
 
     def linearize(self, batch: Batch) -> reference.ReferenceState:
         """The state of one batch."""
@@ -165,7 +165,7 @@ class FunctionProblem:
         return tensor.detach().to(self._convert_to if tensor.is_floating_point() else None)
 
 
-def problem_for(
+def objective_for(
     model: nn.Module,
     loss_fn: Callable[..., Any],
     entries: Sequence[Entry],
@@ -173,7 +173,7 @@ def problem_for(
     batch: Batch | None,
     backend: str,
     dtype: torch.dtype | None,
-) -> MLPProblem | FunctionProblem:
+) -> MLPObjective | FunctionObjective:
     """The model as an MLP where it, the loss and the data are that; else as a function.
 
     ``batch`` is one of the data, None where there are none.
@@ -182,13 +182,13 @@ def problem_for(
         RuntimeError: the named backend cannot run this; the message says why.
     """
     try:
-        return MLPProblem(model, spec_for(model, loss_fn, batch), backend, dtype)
+        return MLPObjective(model, spec_for(model, loss_fn, batch), backend, dtype)
     except NotAnMLPError as error:
         reason = str(error)
     owners = list({id(entry.owner): entry.owner for entry in entries}.values())
-    problem = FunctionProblem(model, loss_fn, owners, weight, dtype, reason)
+    objective = FunctionObjective(model, loss_fn, owners, weight, dtype, reason)
     try:
-        backends.choose(backend, None, problem.device, problem.dtype)
+        backends.choose(backend, None, objective.device, objective.dtype)
     except RuntimeError as error:
         raise RuntimeError(
             f"backend {backend!r} cannot run this, which is not an MLP: {reason}. "
@@ -196,7 +196,7 @@ def problem_for(
         ) from error
     if backend == "auto":
         warn_slow(model, reason, stacklevel=4)
-    return problem
+    return objective
 
 
 def spec_for(model: nn.Module, loss_fn: Callable[..., Any], batch: Batch | None) -> MLPSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from hvpfast.mlp.module import MLP
 from hvpfast.mlp.spec import layer_shapes
 
-__all__ = ["Entry", "Layout", "Subset", "layers_of", "matching", "select"]
+__all__ = ["Entry", "Subset", "layers_of", "matching", "select"]
 
 
 class Entry(NamedTuple):
@@ -24,62 +23,6 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     owner: Tensor
     offset: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names and shapes of the tensors that make up a flat vector (P,), in order."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def numels(self) -> tuple[int, ...]:
-        """Number of entries of each tensor; P is their sum."""
-        return tuple(prod(shape) for shape in self.shapes)
-
-    def rows_of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        """Rows (K, P) of tensors shaped like the parameters, and whether they had a trailing K.
-
-        Raises:
-            TypeError: an entry is not a tensor, or differs in dtype or device from the first.
-            ValueError: the number of tensors or a shape does not fit.
-        """
-        if len(tensors) != len(self.names):
-            raise ValueError(
-                f"expected {len(self.names)} tensors, for {', '.join(self.names)}; "
-                f"got {len(tensors)}"
-            )
-        for name, tensor in zip(self.names, tensors, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"the entry for {name} must be a tensor; got {type(tensor)}")
-            if (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
-                raise TypeError(
-                    f"all entries must have one dtype and device; {self.names[0]} has "
-                    f"{tensors[0].dtype} on {tensors[0].device}, {name} has {tensor.dtype} on "
-                    f"{tensor.device}"
-                )
-        stacked = tensors[0].dim() == len(self.shapes[0]) + 1
-        count = tensors[0].shape[-1] if stacked else 1
-        rows = []
-        for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
-            wanted = (*shape, count) if stacked else shape
-            if tuple(tensor.shape) != wanted:
-                raise ValueError(
-                    f"the entry for {name} must have the shape {wanted}; got "
-                    f"{tuple(tensor.shape)}. Entries are shaped like their parameters, or all "
-                    "have one more dimension at the end, for K tangents"
-                )
-            rows.append(tensor.detach().reshape(prod(shape), count).T)
-        return torch.cat(rows, dim=1), stacked
-
-    def split(self, rows: Tensor, stacked: bool) -> list[Tensor]:
-        """Tensors shaped like the parameters, with a trailing K if ``stacked``, of rows (K, P)."""
-        pieces = torch.split(rows, list(self.numels), dim=1)
-        if stacked:
-            count = rows.shape[0]
-            return [p.T.reshape(*s, count) for s, p in zip(self.shapes, pieces, strict=True)]
-        return [piece[0].reshape(s) for s, piece in zip(self.shapes, pieces, strict=True)]
 
 
 class Subset:

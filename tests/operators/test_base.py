@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
-from hvpfast.operators.parameters import Layout
+from hvpfast.operators.tangents import Layout
 
 LOSS = nn.CrossEntropyLoss()
 

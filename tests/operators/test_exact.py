@@ -243,7 +243,7 @@ def test_changed_parameters_and_other_models_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="multilayer perceptrons"):
         other.cores()
     with pytest.raises(NotImplementedError, match="multilayer perceptrons"):
-        other.points._states[0].diagonal(False)
+        other.linearized._states[0].diagonal(False)
 
 
 def test_cost_counts_pairs() -> None:

@@ -48,7 +48,7 @@ def test_budget_changes_nothing_but_what_is_kept(backend: str, source: str) -> N
     data: Any = pieces(x, y, 6, 6, 6, 2) if source == "list" else shuffled
     everything = HessianOperator(model, LOSS, None, data, backend=backend)
     assert "kept between products: 4 of 4" in everything.explain()
-    size = everything.points.kept_bytes + everything.points.batches.nbytes
+    size = everything.linearized.kept_bytes + everything.linearized.batches.nbytes
     expected = dense(model, LOSS, x, y) @ V
     close(everything @ V, expected)
     kept = []
@@ -58,10 +58,10 @@ def test_budget_changes_nothing_but_what_is_kept(backend: str, source: str) -> N
         close(H @ V, expected)  # a second pass over the data
         close(H.gradient(), everything.gradient())
         close(H.loss, everything.loss)
-        kept.append(H.points.kept)
+        kept.append(H.linearized.kept)
         again = f"; {4 - kept[-1]} linearized again in every product"
         assert (again in H.explain()) == (kept[-1] < 4)
-        assert H.points.kept_bytes + H.points.batches.nbytes <= budget
+        assert H.linearized.kept_bytes + H.linearized.batches.nbytes <= budget
     assert kept[0] == 4
     assert kept[1] < 4
     assert kept[-1] == 0
@@ -106,13 +106,13 @@ def test_memory_errors_say_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Tensor:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    state = H.points._states[0]
+    state = H.linearized._states[0]
     monkeypatch.setattr(type(state), "hvp", full)
     alone = HessianOperator(model, LOSS, None, (x, y), chunk_size=8)
     for operator, columns in ((H, 9), (alone, 8), (alone, 9)):
         with pytest.raises(MemoryError, match=r"8 tangents of 82.*about.*chunk_size=2 takes"):
             operator @ tangents(82, columns)
-    monkeypatch.setattr(type(H.points.problem), "linearize", full)
+    monkeypatch.setattr(type(H.linearized.objective), "linearize", full)
     with pytest.raises(MemoryError, match=r"linearizing batch 0 of 5 samples.*smaller batches"):
         H.refresh()
 

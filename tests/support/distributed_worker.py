@@ -262,7 +262,7 @@ class Scenarios:
 
     def agreed(self) -> Results:
         A = operator(hf.HessianOperator, "perceptron", data_of("perceptron"), self.group)
-        return {"one": A._agreed(10 + self.rank), "sum": (A + 2 * A)._agreed(2**62 + self.rank)}
+        return {"one": A.agreed(10 + self.rank), "sum": (A + 2 * A).agreed(2**62 + self.rank)}
 
     def subgroup(self) -> Results:
         group = dist.new_group([self.size - 1])

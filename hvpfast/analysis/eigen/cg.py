@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvpfast.operators.matvecs import Products
+from hvpfast.operators.tangents import given_rows
 
 __all__ = ["CGResult", "cg_solve"]
 
@@ -189,11 +190,8 @@ class _Run:
 
 
 def _rows(products: Products, name: str, columns: Tensor) -> Tensor:
-    if not isinstance(columns, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(columns).__name__}")
     size = products.size
-    if columns.dim() not in (1, 2) or columns.shape[0] != size or columns.numel() == 0:
-        raise ValueError(f"{name} must be ({size},) or ({size}, K); got {tuple(columns.shape)}")
+    rows = given_rows(name, columns, size, {1: f"({size},)", 2: f"({size}, K)"})
     if columns.dtype != products.dtype or columns.device != products.device:
         raise TypeError(
             f"{name} must be {products.dtype} on {products.device}, as the operator; got "
@@ -201,7 +199,7 @@ def _rows(products: Products, name: str, columns: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(columns).all()):
         raise ValueError(f"{name} holds NaN or infinity")
-    return columns.detach().reshape(size, -1).T.contiguous()
+    return rows.contiguous()
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from hvpfast.mlp.module import MLP
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.hessian import CurvatureOperator
-from hvpfast.operators.objective import MLPProblem
+from hvpfast.operators.objective import MLPObjective
 
 __all__ = ["CompressedOperator", "NotCompressibleError", "compress"]
 
@@ -94,21 +94,21 @@ def compress(operator: Any) -> CompressedOperator:
         NotCompressibleError: it is not the curvature of a whole perceptron, or its inputs span (or
             may span) all their columns.
     """
-    points = operator.points if isinstance(operator, CurvatureOperator) else None
-    if points is None or not isinstance(points.problem, MLPProblem):
+    linearized = operator.linearized if isinstance(operator, CurvatureOperator) else None
+    if linearized is None or not isinstance(linearized.objective, MLPObjective):
         raise NotCompressibleError("it needs the HessianOperator or GGNOperator of a perceptron")
-    spec = points.problem.spec
+    spec = linearized.objective.spec
     if not operator.subset.whole:
         raise NotCompressibleError("it needs all parameters of the perceptron")
-    if points.group is not None:
+    if linearized.group is not None:
         raise NotCompressibleError("the inputs are spread over processes")
-    if not points.batches.held:
+    if not linearized.batches.held:
         raise NotCompressibleError("the inputs are not held in memory")
-    batches = list(points.batches)
+    batches = list(linearized.batches)
     X = torch.cat([batch.x.reshape(-1, spec.sizes[0]) for batch in batches]).to(operator.device)
     Q = torch.from_numpy(_row_space(X.to(operator.dtype))).to(operator.device)
-    points.check_current()
-    narrow = _narrowed(operator, points.problem, spec, batches, Q)
+    linearized.check_current()
+    narrow = _narrowed(operator, linearized.objective, spec, batches, Q)
     return CompressedOperator(narrow, Q, spec.sizes[1], operator.shape[0])
 
 
@@ -139,14 +139,14 @@ def _row_space(X: Tensor) -> Array:
 
 
 def _narrowed(
-    operator: CurvatureOperator, problem: MLPProblem, spec: MLPSpec, batches: Any, Q: Tensor
+    operator: CurvatureOperator, objective: MLPObjective, spec: MLPSpec, batches: Any, Q: Tensor
 ) -> LinearOperator:
     """The operator of the perceptron with inputs X Q' and first weights W_1 Q'."""
     dtype, device = operator.dtype, operator.device
     generator = torch.Generator(device)  # its numbers are overwritten, the caller's stay
     sizes = (len(Q), *spec.sizes[1:])
     model = MLP(sizes, spec.activation, spec.bias, dtype=dtype, device=device, generator=generator)
-    flat = torch.cat([t.detach().to(torch.float64).reshape(-1) for t in problem.tensors])
+    flat = torch.cat([t.detach().to(torch.float64).reshape(-1) for t in objective.tensors])
     first, *rest = spec.unflatten(flat)
     with torch.no_grad():
         model.flat.copy_(torch.cat([(first @ Q.T).reshape(-1), *(t.reshape(-1) for t in rest)]))

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hvpfast.operators.base import _Affine
+from hvpfast.operators.base import Affine
 from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.operators.matvecs import Products
-from hvpfast.operators.objective import MLPProblem
+from hvpfast.operators.objective import MLPObjective
 
 __all__ = ["auto_block_size", "product_operations"]
 
@@ -43,13 +43,13 @@ def auto_block_size(products: Products, k: int) -> int:
 
 def product_operations(operator: Any) -> float | None:
     """Floating-point operations of one product, where they are known."""
-    if isinstance(operator, _Affine):
-        return product_operations(operator._operands[0])
+    if isinstance(operator, Affine):
+        return product_operations(operator.operand)
     if isinstance(operator, (Tensor, np.ndarray)):
         return 2.0 * operator.shape[0] ** 2
-    points = operator.points if isinstance(operator, CurvatureOperator) else None
-    if points is None or not isinstance(points.problem, MLPProblem):
+    linearized = operator.linearized if isinstance(operator, CurvatureOperator) else None
+    if linearized is None or not isinstance(linearized.objective, MLPObjective):
         return None
-    first, *rest = (d_in * d for d_in, d in itertools.pairwise(points.problem.spec.sizes))
+    first, *rest = (d_in * d for d_in, d in itertools.pairwise(linearized.objective.spec.sizes))
     # 2 m_1 + 6 sum_{l > 1} m_l multiply-adds, m_l = N D[l-1] D[l]
-    return 2.0 * points.batches.num_samples * (2 * first + 6 * sum(rest))
+    return 2.0 * linearized.batches.num_samples * (2 * first + 6 * sum(rest))

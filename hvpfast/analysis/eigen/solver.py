@@ -18,6 +18,7 @@ from hvpfast.analysis.eigen.ritz import WHICH, wanted
 from hvpfast.analysis.eigen.starts import start_rows
 from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.operators.matvecs import Products
+from hvpfast.operators.tangents import given_rows
 from hvpfast.utils.choice import check_choice
 from hvpfast.utils.memory import available_bytes, budget_of, bytes_text
 
@@ -163,13 +164,9 @@ def _start(products: Products, v0: Tensor | None, V0: Tensor | None) -> Tensor |
     name, columns = ("v0", v0) if V0 is None else ("V0", V0)
     if columns is None:
         return None
-    if not isinstance(columns, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(columns).__name__}")
-    dim = 1 if name == "v0" else 2
-    if columns.dim() != dim or columns.shape[0] != products.size or columns.numel() == 0:
-        wanted_shape = f"({products.size},)" if dim == 1 else f"({products.size}, j), j >= 1"
-        raise ValueError(f"{name} must be {wanted_shape}; got {tuple(columns.shape)}")
-    rows = columns.detach().reshape(products.size, -1).T.to(products.device, products.dtype)
+    size = products.size
+    shapes = {1: f"({size},)"} if name == "v0" else {2: f"({size}, j), j >= 1"}
+    rows = given_rows(name, columns, size, shapes).to(products.device, products.dtype)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{name} holds NaN or infinity")
     if not bool(rows.any()):

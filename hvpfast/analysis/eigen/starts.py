@@ -60,12 +60,12 @@ def class_gradients(operator: Any) -> Tensor:
             "class gradients need a HessianOperator or GGNOperator, whose model and data they are "
             f"of; got {type(operator).__name__}"
         )
-    points, model = operator.points, operator.model
-    if points.group is not None:
+    linearized, model = operator.linearized, operator.model
+    if linearized.group is not None:
         raise ValueError(
             "class gradients of data spread over processes are not offered: start without them"
         )
-    owners = {id(t): t for t in points.problem.tensors}
+    owners = {id(t): t for t in linearized.objective.tensors}
     values = {
         name: p.detach().to(operator.dtype).requires_grad_(id(p) in owners)
         for name, p in model.named_parameters()
@@ -74,8 +74,8 @@ def class_gradients(operator: Any) -> Tensor:
     order = {id(p): i for i, p in enumerate(p for p in model.parameters() if id(p) in owners)}
     sums: dict[tuple[int, int], Tensor] = {}
     counts: dict[int, int] = {}
-    with points.running(), torch.enable_grad():
-        for batch in points.batches:
+    with linearized.running(), torch.enable_grad():
+        for batch in linearized.batches:
             y = batch.y
             if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
                 raise TypeError(
@@ -91,7 +91,9 @@ def class_gradients(operator: Any) -> Tensor:
                 counts[c] = counts.get(c, 0) + len(z)
                 for j in range(z.shape[1]):
                     parts = torch.autograd.grad(z[:, j].sum(), chosen, retain_graph=True)
-                    tensors = [parts[order[id(t)]].reshape(-1) for t in points.problem.tensors]
+                    tensors = [
+                        parts[order[id(t)]].reshape(-1) for t in linearized.objective.tensors
+                    ]
                     row = operator.subset.restrict(torch.cat(tensors)[None])[0]
                     sums[c, j] = sums[c, j] + row if (c, j) in sums else row
     rows = torch.stack([row / counts[c] for (c, _), row in sums.items()])
