@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvpfast.analysis.density.quadrature import spectral_density
+from hvpfast.analysis.eigen import eigsh
+from hvpfast.analysis.estimators import diagonal, frobenius_sq, trace
 from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
 from hvpfast.operators.matvecs import Products
 
@@ -120,8 +123,6 @@ def xtrace(
 
 
 def _trace(A: Any, num_matvecs: int, method: str, distribution: str, seed: int | None) -> Tensor:
-    from hvpfast.analysis.estimators import trace
-
     options: dict[str, Any] = {"method": method, "distribution": distribution, "seed": seed}
     return _scalar(A, trace(A, num_matvecs, **options).estimate)
 
@@ -130,15 +131,11 @@ def hutchinson_diag(
     A: Any, num_matvecs: int, distribution: str = "rademacher", *, seed: int | None = None
 ) -> Tensor:
     """diag(A), (P,), by Hutchinson's estimator; see :func:`hvpfast.diagonal`."""
-    from hvpfast.analysis.estimators import diagonal
-
     return diagonal(A, num_matvecs, distribution=distribution, seed=seed).estimate
 
 
 def xdiag(A: Any, num_matvecs: int, *, seed: int | None = None) -> Tensor:
     """diag(A), (P,), by XDiag; see :func:`hvpfast.diagonal`."""
-    from hvpfast.analysis.estimators import diagonal
-
     return diagonal(A, num_matvecs, method="xdiag", seed=seed).estimate
 
 
@@ -146,8 +143,6 @@ def hutchinson_squared_fro(
     A: Any, num_matvecs: int, distribution: str = "rademacher", *, seed: int | None = None
 ) -> Tensor:
     """Tr(A'A), 0-dim, for a symmetric A; see :func:`hvpfast.frobenius_sq`."""
-    from hvpfast.analysis.estimators import frobenius_sq
-
     result = frobenius_sq(A, num_matvecs, distribution=distribution, seed=seed)
     return _scalar(A, result.estimate)
 
@@ -235,8 +230,6 @@ def lanczos_approximate_log_spectrum(
 
 
 def _nodes(A: Any, ncv: int, num_repeats: int, seed: int | None) -> tuple[Tensor, Tensor]:
-    from hvpfast.analysis.density.quadrature import spectral_density
-
     if ncv < 2:
         raise ValueError(f"ncv must be >= 2, as bumps are spread over ncv - 1 gaps; got {ncv}")
     result = spectral_density(A, ncv, num_repeats, distribution="normal", seed=seed)
@@ -246,8 +239,6 @@ def _nodes(A: Any, ncv: int, num_repeats: int, seed: int | None) -> tuple[Tensor
 def _boundaries(
     A: Any, given: Boundaries | None, tol: float, seed: int | None
 ) -> tuple[float, float]:
-    from hvpfast.analysis.eigen import eigsh
-
     low, high = (None, None) if given is None else given
     if low is None or high is None:
         ends = eigsh(A, k=2, which="BE", tol=tol, seed=seed).eigenvalues

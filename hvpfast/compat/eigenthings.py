@@ -22,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvpfast.analysis.estimators import Estimate
+from hvpfast.analysis import estimators
+from hvpfast.analysis.density import quadrature
+from hvpfast.analysis.eigen import eigsh
 from hvpfast.operators import hessian
 
 __all__ = [
@@ -213,8 +215,6 @@ def lanczos(
         which: ``"LM"``, ``"LA"`` or ``"SA"``.
         seed: of the start vector.
     """
-    from hvpfast.analysis.eigen import eigsh
-
     result = eigsh(operator, k=k, which=which, tol=tol, max_matvecs=max_iter, seed=seed)
     vectors = result.eigenvectors.T.contiguous()
     values, residuals = (t.to(vectors) for t in (result.eigenvalues, result.residual_norms))
@@ -229,11 +229,10 @@ def trace(
     method: str = "hutch++",
     distribution: str = "rademacher",
     seed: int | None = None,
-) -> Estimate[float]:
+) -> estimators.Estimate[float]:
     """Tr(A) by :func:`hvpfast.trace`, with ``.estimate``, ``.stderr`` and ``.samples``."""
-    from hvpfast.analysis.estimators import trace as estimate
-
-    return estimate(operator, num_matvecs, method=method, distribution=distribution, seed=seed)
+    options: dict[str, Any] = {"method": method, "distribution": distribution, "seed": seed}
+    return estimators.trace(operator, num_matvecs, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,9 +270,7 @@ def spectral_density(
         grid_padding: of the grid beyond the nodes, relative to their spread.
         seed: of the starting vectors; None takes fresh entropy.
     """
-    from hvpfast.analysis.density.quadrature import spectral_density as quadrature
-
-    result = quadrature(operator, lanczos_steps, num_runs, seed=seed)
+    result = quadrature.spectral_density(operator, lanczos_steps, num_runs, seed=seed)
     nodes, weights = result.ritz_values, result.weights
     low, high = float(nodes.min()), float(nodes.max())
     spread = max(high - low, 1e-9)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvpfast.analysis.estimators import diagonal
 from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
 
 try:
@@ -62,8 +63,6 @@ class _Backend:
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The loss, 0-dim, and the diagonal (P,), or (S,) for S subnetwork indices."""
-        from hvpfast.analysis.estimators import diagonal
-
         A = self._operator(x, y)
         exact: Tensor = diagonal(A, method="exact").estimate
         return self.factor * A.loss, self.factor * exact[self._indices(A)]

@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hvpfast.analysis.density.quadrature import spectral_density
+from hvpfast.analysis.eigen import eigsh
+from hvpfast.analysis.estimators import trace
 from hvpfast.operators.hessian import HessianOperator
 
 __all__ = ["hessian"]
@@ -83,8 +86,6 @@ class hessian:
         Warns:
             RuntimeWarning: some did not converge.
         """
-        from hvpfast.analysis.eigen import eigsh
-
         budget = max(maxIter, 2) * top_n
         result = eigsh(self.operator, k=top_n, tol=tol, max_matvecs=budget, seed=self._seed)
         found = int(result.converged.sum())
@@ -107,8 +108,6 @@ class hessian:
             tol: half-width of the 95 % confidence interval, relative to the estimate, at which
                 sampling stops, after 16 samples at the earliest; 0 takes ``maxIter`` samples.
         """
-        from hvpfast.analysis.estimators import trace
-
         if tol > 0 and maxIter > _FIRST_LOOK:
             result = trace(
                 self.operator, _FIRST_LOOK, rtol=tol, max_matvecs=maxIter, seed=self._seed
@@ -129,8 +128,6 @@ class hessian:
             (eigenvalues, weights): for each starting vector a list of at most ``iter`` numbers;
             weights sum to one.
         """
-        from hvpfast.analysis.density.quadrature import spectral_density
-
         result = spectral_density(self.operator, iter, n_v, seed=self._seed)
         counts = result.num_nodes.tolist()
         rows = (

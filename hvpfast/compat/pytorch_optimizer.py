@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
+from hvpfast.analysis.estimators import diagonal
 from hvpfast.mlp.checks import check_curvature
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 
@@ -50,8 +51,6 @@ def hessian_for(
     Raises:
         ValueError: a parameter of the optimizer is not the model's.
     """
-    from hvpfast.analysis.estimators import diagonal
-
     kind = GGNOperator if check_curvature(curvature) else HessianOperator
     params = [p for group in optimizer.param_groups for p in group["params"]]
     options = {"check_deterministic": False} | options

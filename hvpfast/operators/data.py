@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.operators.reduction import Batch, batch_size, map_tensors, tensors_in
+from hvpfast.operators.batch import Batch, batch_size, bytes_of, map_tensors, tensors_in
 from hvpfast.utils.random_state import RandomState, generators_of
 
 __all__ = ["Batches"]
@@ -179,8 +179,7 @@ def _checksum(batch: Batch) -> int:
     value = 0
     for tensor in tensors_in(batch):
         value = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), value)
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
+        value = zlib.crc32(bytes_of(tensor), value)
     return value
 
 

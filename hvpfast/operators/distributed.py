@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
-from hvpfast.operators.reduction import map_tensors, tensors_in
+from hvpfast.operators.batch import bytes_of, map_tensors, tensors_in
 
 __all__ = ["DistributedError", "Group", "checksum", "settings_of", "shard", "together"]
 
@@ -268,8 +268,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     """CRC-32 of the bytes of tensors."""
     value = 0
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
+        value = zlib.crc32(bytes_of(tensor), value)
     return value
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hvpfast.backends.contract import State
 from hvpfast.mlp.spec import MLPSpec
+from hvpfast.operators.batch import batch_size
 from hvpfast.operators.linearized_data import LinearizedData
 from hvpfast.operators.objective import MLPObjective
 from hvpfast.operators.parameters import Subset
-from hvpfast.operators.reduction import batch_size
 
 __all__ = ["CoreCost", "Cores"]
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.backends.contract import State
-from hvpfast.mlp.module import MLP
 from hvpfast.mlp.module_checks import check_deterministic_modules
 from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.data import Batches
@@ -27,7 +26,7 @@ from hvpfast.operators.distributed import Group, processes_here, settings_of, to
 from hvpfast.operators.exact import Cores
 from hvpfast.operators.linearized_data import LinearizedData
 from hvpfast.operators.objective import objective_for
-from hvpfast.operators.parameters import Entry, Subset, layers_of, matching, select
+from hvpfast.operators.parameters import Entry, Subset, by_layer, matching, select
 from hvpfast.operators.reduction import BatchWeight
 from hvpfast.operators.tangents import Layout, matrix_rows
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, budget_of, bytes_text, out_of_memory
@@ -166,9 +165,7 @@ class CurvatureOperator(LinearOperator):
             ValueError: a pattern matches no parameter of this operator.
         """
         self.linearized.check_current()
-        entries, parts = self.entries, list[list[Entry]]()
-        if isinstance(self.model, MLP) and entries[0].shape == self.model.flat.shape:
-            entries = layers_of(self.model)  # the flat tensor of an MLP has layers inside
+        entries, parts = by_layer(self.model, self.entries), list[list[Entry]]()
         if groups is None:
             layers: dict[str, list[Entry]] = {}
             for entry in entries:

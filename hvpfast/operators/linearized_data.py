@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hvpfast.backends.contract import State
+from hvpfast.operators.batch import Batch, batch_size
 from hvpfast.operators.data import Batches
 from hvpfast.operators.distributed import Group, checksum
 from hvpfast.operators.objective import FunctionObjective, MLPObjective, Watch
-from hvpfast.operators.parameters import Entry
-from hvpfast.operators.reduction import Batch, BatchWeight, batch_size
+from hvpfast.operators.parameters import Entry, owners_of
+from hvpfast.operators.reduction import BatchWeight
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.utils.random_state import RandomState
 
@@ -163,9 +164,8 @@ class LinearizedData:
         """The same for products with these entries only: itself where a backend runs."""
         if isinstance(self.objective, MLPObjective):
             return self
-        owners = list({id(entry.owner): entry.owner for entry in entries}.values())
         left = max(0, self.budget - self.kept_bytes)
-        objective = self.objective.narrowed(owners)
+        objective = self.objective.narrowed(owners_of(entries))
         rest = left, self.free, self._progressbar, self.group
         return LinearizedData(objective, self.batches, self.weight, *rest)
 

@@ -18,13 +18,24 @@ from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.base import LinearOperator
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 
-__all__ = ["NonFiniteProductError", "Products"]
+__all__ = ["NonFiniteProductError", "Products", "all_finite", "at_least_single"]
 
-_SMALL = 2**26  # bytes that are not worth a look at free memory
+_SMALL = 2**26  # bytes for which free memory is not checked
 
 
 class NonFiniteProductError(FloatingPointError):
     """A product with the operator holds NaN or infinity."""
+
+
+def all_finite(products: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    # a sum is finite unless an entry is not, or it overflows: only then every entry is checked
+    return math.isfinite(float(products.sum())) or bool(torch.isfinite(products).all())
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for anything else: the dtype of sums, bases and projections."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Products:
@@ -73,14 +84,11 @@ class Products:
         """
         if rows.dtype != self.dtype or rows.device != self.device:
             rows = rows.to(self.device, self.dtype)
-        columns = rows.T
-        if isinstance(self.operator, LinearOperator):
-            out = self.operator @ columns
-        elif self._numpy:
-            out = torch.from_numpy(np.ascontiguousarray(self.operator @ columns.numpy()))
+        if self._numpy:
+            product = torch.from_numpy(np.ascontiguousarray(self.operator @ rows.T.numpy()))
         else:
-            out = self.operator @ columns
-        out = out.detach().to(self.device, self.dtype).T
+            product = self.operator @ rows.T
+        out: Tensor = product.detach().to(self.device, self.dtype).T
         return self._checked(out)
 
     def quadratic(self, rows: Tensor) -> Tensor:
@@ -97,8 +105,7 @@ class Products:
 
     def _checked(self, out: Tensor) -> Tensor:
         first, self.num_matvecs = self.num_matvecs, self.num_matvecs + out.shape[0]
-        # a sum is finite unless an entry is not, or it overflows: then look at every entry
-        if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
+        if not all_finite(out):
             wrong = ~torch.isfinite(out)
             index = wrong.nonzero()[0].tolist()
             where = f", at entry {index[1]} of {self.size}" if out.dim() == 2 else ""

@@ -21,8 +21,9 @@ from hvpfast.mlp.module import NotAnMLPError, params_of
 from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.recognised import plan_of
 from hvpfast.mlp.spec import MLPSpec
-from hvpfast.operators.parameters import Entry
-from hvpfast.operators.reduction import Batch, BatchWeight
+from hvpfast.operators.batch import Batch
+from hvpfast.operators.parameters import Entry, owners_of
+from hvpfast.operators.reduction import BatchWeight
 
 __all__ = ["FunctionObjective", "MLPObjective", "Watch", "objective_for", "spec_for"]
 
@@ -185,8 +186,7 @@ def objective_for(
         return MLPObjective(model, spec_for(model, loss_fn, batch), backend, dtype)
     except NotAnMLPError as error:
         reason = str(error)
-    owners = list({id(entry.owner): entry.owner for entry in entries}.values())
-    objective = FunctionObjective(model, loss_fn, owners, weight, dtype, reason)
+    objective = FunctionObjective(model, loss_fn, owners_of(entries), weight, dtype, reason)
     try:
         backends.choose(backend, None, objective.device, objective.dtype)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hvpfast.mlp.module import MLP
 from hvpfast.mlp.spec import layer_shapes
 
-__all__ = ["Entry", "Subset", "layers_of", "matching", "select"]
+__all__ = ["Entry", "Subset", "by_layer", "layers_of", "matching", "owners_of", "select"]
 
 
 class Entry(NamedTuple):
@@ -23,6 +23,15 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     owner: Tensor
     offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    def values(self) -> Tensor:
+        """Its entries (numel,), detached; a view where the owner is contiguous."""
+        return self.owner.detach().reshape(-1)[self.offset : self.offset + self.numel]
 
 
 class Subset:
@@ -37,7 +46,7 @@ class Subset:
         self._runs: list[tuple[int, int]] = []  # [start, stop) in (F,), neighbours joined
         for entry in entries:
             start = starts[id(entry.owner)] + entry.offset
-            stop = start + prod(entry.shape)
+            stop = start + entry.numel
             if self._runs and self._runs[-1][1] == start:
                 start = self._runs.pop()[0]
             self._runs.append((start, stop))
@@ -62,6 +71,17 @@ class Subset:
         if self.whole:
             return rows
         return torch.cat([rows[:, start:stop] for start, stop in self._runs], dim=1)
+
+
+def owners_of(entries: Iterable[Entry]) -> list[Tensor]:
+    """The parameters that the entries are pieces of, each once, in order."""
+    return list({id(entry.owner): entry.owner for entry in entries}.values())
+
+
+def by_layer(model: nn.Module, entries: list[Entry]) -> list[Entry]:
+    """The entries; those of the layers where they are the flat tensor of an :class:`MLP`."""
+    flat = isinstance(model, MLP) and entries[0].shape == model.flat.shape
+    return layers_of(model) if flat else entries
 
 
 def layers_of(model: nn.Module) -> list[Entry]:

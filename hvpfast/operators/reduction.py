@@ -13,14 +13,16 @@ kin), or else the number of samples.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Batch", "BatchWeight", "batch_size", "map_tensors", "reduction_of", "tensors_in"]
+from hvpfast.operators.batch import Batch, batch_size
+
+__all__ = ["BatchWeight", "reduction_of"]
 
 Loss = Callable[..., Any]
 
@@ -37,46 +39,6 @@ _MODULE_OF: dict[Loss, type[nn.Module]] = {
 }
 _PER_TARGET = (nn.CrossEntropyLoss, nn.NLLLoss)
 _PER_ELEMENT = tuple(module for module in _MODULE_OF.values() if module not in _PER_TARGET)
-
-
-class Batch(NamedTuple):
-    """Inputs ``x`` and targets ``y`` of N samples: tensors (N, ...), or nests of such tensors."""
-
-    x: Any
-    y: Any
-
-
-def tensors_in(nest: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, Mapping):
-        for value in nest.values():
-            yield from tensors_in(value)
-    elif isinstance(nest, (tuple, list)):
-        for value in nest:
-            yield from tensors_in(value)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], nest: Any) -> Any:
-    """The same nest with ``function(tensor)`` in place of every tensor."""
-    if isinstance(nest, Tensor):
-        return function(nest)
-    if isinstance(nest, Mapping):
-        return {key: map_tensors(function, value) for key, value in nest.items()}
-    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(map_tensors(function, value) for value in nest))
-    if isinstance(nest, (tuple, list)):
-        return type(nest)(map_tensors(function, value) for value in nest)
-    return nest
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of samples N: the leading size of the targets, else of the first input tensor."""
-    for tensor in (*tensors_in(batch.y), *tensors_in(batch.x)):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
-    raise ValueError("a batch (x, y) must hold a tensor whose first dimension counts samples")
 
 
 def reduction_of(loss_fn: Loss, reduction: str | None = None) -> str:

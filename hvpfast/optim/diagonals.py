@@ -17,6 +17,7 @@ from hvpfast.backends.probes.draw import probes
 from hvpfast.functional.linearization import Linearization
 from hvpfast.functional.products import hvp
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
+from hvpfast.operators.parameters import owners_of
 
 
 def check_operator(operator: Any, params: Sequence[Tensor], caller: str) -> None:
@@ -38,14 +39,13 @@ def check_operator(operator: Any, params: Sequence[Tensor], caller: str) -> None
             f"the operator has P = {size}, and the parameters with a gradient have {num_params} "
             "entries; they must be the same parameters"
         )
-    if isinstance(operator, (GGNOperator, HessianOperator)):
-        owners = list(dict.fromkeys(id(entry.owner) for entry in operator.entries))
-        if owners != [id(p) for p in params]:
-            raise ValueError(
-                "the operator's parameters are not the optimizer's, one by one in the order of its "
-                "groups; make it with params=[p for g in optimizer.param_groups for p in "
-                "g['params']]"
-            )
+    if not isinstance(operator, (GGNOperator, HessianOperator)):
+        return
+    if list(map(id, owners_of(operator.entries))) != list(map(id, params)):
+        raise ValueError(
+            "the operator's parameters are not the optimizer's, one by one in the order of its "
+            "groups; make it with params=[p for g in optimizer.param_groups for p in g['params']]"
+        )
 
 
 def hutchinson(operator: Any, params: Sequence[Tensor], seed: int, index: int) -> list[Tensor]:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from hvpfast.operators.batch import Batch, batch_size
 from hvpfast.operators.data import Batches
-from hvpfast.operators.reduction import Batch, BatchWeight, batch_size, reduction_of
+from hvpfast.operators.reduction import BatchWeight, reduction_of
 from hvpfast.utils.memory import available_bytes, budget_of, bytes_text, out_of_memory
 from hvpfast.utils.random_state import RandomState
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.operators.batch import map_tensors
 from hvpfast.operators.hessian import CurvatureOperator
-from hvpfast.operators.reduction import map_tensors
 
 __all__ = ["class_gradients", "start_rows"]
 

@@ -15,7 +15,6 @@ Reference: Li, Xu, Taylor, Studer, Goldstein (2018), arXiv:1712.09913.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ def slices_of(entries: Sequence[Entry]) -> Iterator[tuple[Entry, slice]]:
     """The entries with their parts of the flat vector."""
     start = 0
     for entry in entries:
-        stop = start + prod(entry.shape)
+        stop = start + entry.numel
         yield entry, slice(start, stop)
         start = stop
 
@@ -88,8 +87,8 @@ def normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize
     out = torch.empty_like(rows)
     for entry, part in slices_of(entries):
         filters = entry.shape[0] if normalize == "filter" and len(entry.shape) > 1 else 1
-        filters = 1 if filters == prod(entry.shape) else filters
-        shape = (filters, prod(entry.shape) // filters)
+        filters = 1 if filters == entry.numel else filters
+        shape = (filters, entry.numel // filters)
         wanted = torch.linalg.vector_norm(center[part].view(shape), dim=1, keepdim=True)
         done: list[Tensor] = []
         for row in rows:

@@ -23,10 +23,11 @@ from hvpfast.mlp.checks import check_batch, check_labels
 from hvpfast.mlp.module import NotAnMLPError, params_of
 from hvpfast.mlp.module_checks import check_deterministic_modules
 from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec, split_flat
+from hvpfast.operators.batch import Batch, bytes_of, tensors_in
 from hvpfast.operators.data import Batches
 from hvpfast.operators.objective import spec_for
-from hvpfast.operators.parameters import Entry, Subset
-from hvpfast.operators.reduction import Batch, BatchWeight, tensors_in
+from hvpfast.operators.parameters import Entry, Subset, owners_of
+from hvpfast.operators.reduction import BatchWeight
 from hvpfast.utils.memory import KEPT_SHARE, available_bytes
 from hvpfast.utils.random_state import RandomState
 
@@ -71,7 +72,7 @@ class Losses:
             own = params_of(model)
             tensors = [own] if isinstance(own, Tensor) else list(own)
         except NotAnMLPError:
-            tensors = list({id(entry.owner): entry.owner for entry in entries}.values())
+            tensors = owners_of(entries)
         self._tensors, self._dtype = tensors, dtype
         self._center = torch.cat([self._cast(t).reshape(-1) for t in tensors])
         moves = Subset(entries, tensors).embed(rows.to(device, self._center.dtype))
@@ -201,6 +202,5 @@ def _checksum(tensors: Any) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

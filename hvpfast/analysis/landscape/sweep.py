@@ -26,9 +26,10 @@ from hvpfast.analysis.landscape.directions import (
 )
 from hvpfast.analysis.landscape.losses import Losses
 from hvpfast.analysis.landscape.surface import Surface, load
+from hvpfast.analysis.progress import Progress
 from hvpfast.backends.probes.source import fresh_seed
-from hvpfast.mlp.module import MLP
-from hvpfast.operators.parameters import Entry, layers_of, select
+from hvpfast.operators.batch import bytes_of
+from hvpfast.operators.parameters import Entry, by_layer, select
 
 __all__ = ["line", "plane"]
 
@@ -152,9 +153,7 @@ def _sweep(
         raise ValueError(
             f'points_at_once must be "auto" or an integer >= 1; got {points_at_once!r}'
         )
-    entries = select(model, params)
-    if isinstance(model, MLP) and entries[0].shape == model.flat.shape:
-        entries = layers_of(model)  # the flat tensor of an MLP has layers inside
+    entries = by_layer(model, select(model, params))
     file = None if path is None else Path(path)
     stored = load(file) if file is not None and file.exists() else None
     if given is not None and seed is not None:
@@ -217,18 +216,15 @@ def _fill(
         for start in range(0, len(points), at_once)
         if not bool(done[start])
     ]
-    bar = _bar(len(points), int(done.sum()), progressbar)
-    saved = time.monotonic()
-    for part in parts:
-        values[part] = losses(points[part])
-        done[part] = True
-        if bar is not None:
-            bar.update(part.stop - part.start)
-        if file is not None and (part is parts[-1] or time.monotonic() - saved >= save_every):
-            surface.save(file)
-            saved = time.monotonic()
-    if bar is not None:
-        bar.close()
+    saved, before = time.monotonic(), int(done.sum())
+    with Progress(progressbar, len(points), "point", before, "landscape") as advance:
+        for part in parts:
+            values[part] = losses(points[part])
+            done[part] = True
+            advance(part.stop - part.start)
+            if file is not None and (part is parts[-1] or time.monotonic() - saved >= save_every):
+                surface.save(file)
+                saved = time.monotonic()
 
 
 def _directions(
@@ -253,11 +249,8 @@ def _directions(
         for part in fixed:
             rows[:, part] = 0
     if normalize is not None:
-        pieces = [
-            e.owner.detach().reshape(-1)[e.offset : e.offset + part.stop - part.start]
-            for e, part in places
-        ]
-        return normalised(rows, torch.cat(pieces).double().cpu(), entries, normalize)
+        center = torch.cat([entry.values() for entry in entries]).double().cpu()
+        return normalised(rows, center, entries, normalize)
     rows = orthogonal(rows)
     return rows if given is not None else rows / rows.norm(dim=1, keepdim=True)
 
@@ -297,7 +290,7 @@ def _axis(name: str, span: Span, count: int) -> Tensor:
 def _digest(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -315,11 +308,3 @@ def _check_same(stored: Any, wanted: Any, file: Path | None) -> None:
             f"{file} holds another landscape: {'; '.join(different)}. Choose another path, or "
             "delete the file"
         )
-
-
-def _bar(total: int, initial: int, wanted: bool) -> Any:
-    if not wanted:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc="landscape", unit="point")

@@ -265,11 +265,7 @@ class CurvatureLogger:
 
     def _flat(self) -> Tensor:
         """A copy of the parameters (P,)."""
-        pieces = [
-            e.owner.detach().reshape(-1)[e.offset : e.offset + math.prod(e.shape)]
-            for e in self._entries
-        ]
-        return torch.cat(pieces)
+        return torch.cat([entry.values() for entry in self._entries])
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Line]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvpfast.analysis.eigen import eigsh
+from hvpfast.analysis.estimators import estimate_all, trace
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.matvecs import Products
 
@@ -64,8 +66,6 @@ class Measurement:
         return {"num_matvecs": 0, **dict.fromkeys(self._quantities), "error": error}
 
     def _estimate(self, A: Any, seed: int, found: dict[str, Any]) -> None:
-        from hvpfast.analysis.estimators import estimate_all, trace
-
         if not {"frobenius_sq", "diagonal_norm"} & set(self._quantities):
             result = trace(A, self._num_matvecs, seed=seed)  # v'Av alone, at half the price
             found["trace"], found["trace_stderr"] = float(result), float(result.stderr)
@@ -86,8 +86,6 @@ class Measurement:
             found["diagonal_norm_stderr"] = spread / norm if norm > 0 else math.nan
 
     def _search(self, A: Any, seed: int, found: dict[str, Any]) -> None:
-        from hvpfast.analysis.eigen import eigsh
-
         result = eigsh(
             A,
             self._count,
