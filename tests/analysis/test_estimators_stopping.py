@@ -15,7 +15,8 @@ from spectra import matrix
 from torch import Tensor
 
 from hvpfast.analysis.estimators import diagonal, estimate_all, frobenius_norm, frobenius_sq, trace
-from hvpfast.analysis.estimators.sampling import EntryTally, ScalarTally, Settings, sample
+from hvpfast.analysis.estimators.sampling import Settings, sample
+from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

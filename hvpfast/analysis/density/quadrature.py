@@ -12,15 +12,17 @@ probes right for all of the spectrum.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
+from hvpfast.analysis.progress import Progress
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
-from hvpfast.operators.matvecs import Products
+from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 
 __all__ = ["SpectralDensity", "spectral_density", "wasserstein"]
@@ -74,20 +76,20 @@ def spectral_density(
     products.check_symmetric()
     steps = min(num_steps, products.size)
     group = min(num_probes, _probes_at_once(products, steps))
-    bar = _bar(-(-num_probes // group) * steps, progressbar)
     nodes = torch.zeros(num_probes, steps, dtype=torch.float64)
     weights = torch.zeros_like(nodes)
     num_nodes = torch.zeros(num_probes, dtype=torch.int64)
-    for first in range(0, num_probes, group):
-        source = ProbeSource(min(group, num_probes - first), distribution, seed, first)
-        starts = probe_rows(source, products.size, _basis_dtype(products), products.device)
-        diagonal, beside, counts = _tridiagonalise(products, starts, steps, bar)
-        for k, count in enumerate(counts.tolist(), start=first):
-            theta, weight = _quadrature(diagonal[k - first, :count], beside[k - first, : count - 1])
-            nodes[k, :count], weights[k, :count], num_nodes[k] = theta, weight, count
-            nodes[k, count:] = theta[0]  # weight 0: in the range of any f that takes the others
-    if bar is not None:
-        bar.close()
+    dtype, total = at_least_single(products.dtype), -(-num_probes // group) * steps
+    with Progress(progressbar, total, "step", desc="Lanczos") as advance:
+        for first in range(0, num_probes, group):
+            source = ProbeSource(min(group, num_probes - first), distribution, seed, first)
+            starts = probe_rows(source, products.size, dtype, products.device)
+            diagonal, beside, counts = _tridiagonalise(products, starts, steps, advance)
+            for k, count in enumerate(counts.tolist(), start=first):
+                own = k - first
+                theta, weight = _quadrature(diagonal[own, :count], beside[own, : count - 1])
+                nodes[k, :count], weights[k, :count], num_nodes[k] = theta, weight, count
+                nodes[k, count:] = theta[0]  # weight 0: in the range of any f that takes the others
     return SpectralDensity(
         ritz_values=nodes,
         weights=weights,
@@ -100,7 +102,7 @@ def spectral_density(
 
 
 def _tridiagonalise(
-    products: Products, starts: Tensor, steps: int, bar: Any
+    products: Products, starts: Tensor, steps: int, advance: Callable[[int], object]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos from rows v_k (K, P): diagonals (K, m), their neighbours (K, m), and steps (K,)."""
     count, size = starts.shape
@@ -123,8 +125,7 @@ def _tridiagonalise(
         norms = torch.linalg.vector_norm(rows, dim=1)
         beside[where, j] = norms.double().cpu()
         scale[where] = torch.maximum(scale[where], diagonal[where, j].abs() + beside[where, j])
-        if bar is not None:
-            bar.update()
+        advance(1)
         rounding = _EXHAUSTED * torch.finfo(products.dtype).eps * scale[where]
         go_on = (beside[where, j] > rounding).to(active.device)
         active, rows = active[go_on], rows[go_on] / norms[go_on, None]
@@ -141,13 +142,9 @@ def _quadrature(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
     return theta, weights / weights.sum()
 
 
-def _basis_dtype(products: Products) -> torch.dtype:
-    return torch.promote_types(products.dtype, torch.float32)
-
-
 def _probes_at_once(products: Products, steps: int) -> int:
     """Probes whose bases fit into the share of memory that work may take."""
-    row = products.size * _basis_dtype(products).itemsize
+    row = products.size * at_least_single(products.dtype).itemsize
     free = products.agreed(available_bytes(products.device))
     need = (steps + 4) * row  # the basis, the row, its product and what orthogonalising takes
     if need > free:
@@ -157,11 +154,3 @@ def _probes_at_once(products: Products, steps: int) -> int:
             f"{bytes_text(need)}, and {bytes_text(free)} are available; num_steps={fits} fits"
         )
     return max(1, math.floor(WORK_SHARE * free / need))
-
-
-def _bar(total: int, wanted: bool) -> Any:
-    if not wanted:
-        return None
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="Lanczos", unit="step")

@@ -25,7 +25,7 @@ from hvpfast.analysis.eigen.basis import Basis
 from hvpfast.analysis.eigen.ritz import eigh, order_of
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
-from hvpfast.operators.matvecs import Products
+from hvpfast.operators.matvecs import Products, at_least_single
 
 __all__ = ["Lanczos"]
 
@@ -56,7 +56,7 @@ class Lanczos:
         self, products: Products, start: Tensor, seed: int, capacity: int, limit: int
     ) -> None:
         self._products, self._seed, self._drawn = products, seed, 0
-        dtype = torch.promote_types(products.dtype, torch.float32)
+        dtype = at_least_single(products.dtype)
         self.eps = torch.finfo(products.dtype).eps
         self.block_size, self._limit = start.shape[0], min(limit, products.size)
         self.basis = Basis(products.size, dtype, products.device, capacity, self._limit)

@@ -17,7 +17,7 @@ from hvpfast.analysis.eigen.result import EigenResult
 from hvpfast.analysis.eigen.ritz import WHICH, wanted
 from hvpfast.analysis.eigen.starts import start_rows
 from hvpfast.backends.probes.source import fresh_seed
-from hvpfast.operators.matvecs import Products
+from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.operators.tangents import given_rows
 from hvpfast.utils.choice import check_choice
 from hvpfast.utils.memory import available_bytes, budget_of, bytes_text
@@ -98,7 +98,8 @@ def eigsh(
     block = products.agreed(block)
     block = min(block, count, budget - (count if exact_residuals else 1))
     limit = _basis_limit(products, count, block, memory_budget)
-    rows = start_rows(start, products.size, block, seed, _basis_dtype(products), products.device)
+    dtype = at_least_single(products.dtype)
+    rows = start_rows(start, products.size, block, seed, dtype, products.device)
     lanczos = Lanczos(products, rows, seed, capacity=4 * count + 4 * block, limit=limit)
     pairs = find_pairs(products, lanczos, count, which, tol, budget, exact_residuals, seed)
     if smaller is not None:
@@ -185,15 +186,11 @@ def _compressed(A: Any, choice: bool | str) -> CompressedOperator | None:
         return None
 
 
-def _basis_dtype(products: Products) -> torch.dtype:
-    return torch.promote_types(products.dtype, torch.float32)
-
-
 def _basis_limit(products: Products, k: int, block: int, memory_budget: object) -> int:
     """Rows that the basis may have."""
     free = products.agreed(available_bytes(products.device))
     room = budget_of(memory_budget, free)
-    row = products.size * _basis_dtype(products).itemsize
+    row = products.size * at_least_single(products.dtype).itemsize
     limit, least = room // row, min(products.size, k + 3 * block + 2)
     if limit < least:
         raise MemoryError(

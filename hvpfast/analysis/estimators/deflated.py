@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvpfast.analysis.estimators.hutchinson import norms_sq, scalar_estimate
 from hvpfast.analysis.estimators.result import Estimate
-from hvpfast.analysis.estimators.sampling import ProbeStream, ScalarTally, Settings, sample
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, sample
 from hvpfast.analysis.estimators.subspace import (
     chunks_of,
     multiply,
@@ -27,6 +27,7 @@ from hvpfast.analysis.estimators.subspace import (
     project_out,
     row_products,
 )
+from hvpfast.analysis.estimators.tallies import ScalarTally
 from hvpfast.operators.matvecs import Products
 
 __all__ = ["deflated_frobenius_sq", "hutch_plus_plus", "na_hutch_plus_plus"]

@@ -14,8 +14,9 @@ import torch
 
 from hvpfast.analysis.estimators.hutchinson import POSITIVE, SCALARS, norms_sq
 from hvpfast.analysis.estimators.result import Estimate
-from hvpfast.analysis.estimators.sampling import Progress, Settings, at_least_single, rows_at_once
-from hvpfast.operators.matvecs import Products
+from hvpfast.analysis.estimators.sampling import Settings, rows_at_once
+from hvpfast.analysis.progress import Progress
+from hvpfast.operators.matvecs import Products, at_least_single
 
 __all__ = ["estimate", "is_cheaper"]
 
@@ -82,7 +83,7 @@ def _columns(products: Products, settings: Settings) -> dict[str, Any]:
     rows = torch.zeros(at_once, size, dtype=dtype, device=device)
     diagonal = torch.empty(size, dtype=at_least_single(dtype), device=device)
     norms = torch.empty(size, dtype=torch.float64, device=device)
-    with Progress(settings.progressbar, size) as advance:
+    with Progress(settings.progressbar, size, "matvec") as advance:
         for start in range(0, size, at_once):
             stop = min(start + at_once, size)
             ones = rows[: stop - start].diagonal(start)

@@ -10,61 +10,47 @@ Bekas, Kokiopoulou, Saad (2007), doi:10.1016/j.apnum.2007.01.003.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hvpfast.analysis.estimators.result import Estimate, skewness_coefficients
-from hvpfast.analysis.estimators.sampling import (
-    EntryTally,
-    ProbeStream,
-    ScalarTally,
-    Settings,
-    sample,
-)
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, sample
+from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["estimate", "scalar_estimate"]
+__all__ = ["POSITIVE", "SCALARS", "estimate", "norms_sq", "sampled", "scalar_estimate"]
 
 POSITIVE = ("frobenius_sq", "row_norms_sq")
 SCALARS = ("trace", "frobenius_sq")
 _BLOCK = 2**14  # entries whose squares are summed in the dtype of a row
 
 
+class RowProducts(Protocol):
+    """Products with one matrix for rows (k, P), or with those of many models for rows (M, k, P)."""
+
+    num_matvecs: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """A v for every row v, shaped as the rows."""
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        """v'Av for every row v, (k,) or (M, k)."""
+
+
 def estimate(
     products: Products, settings: Settings, wanted: Sequence[str]
 ) -> dict[str, Estimate[Any]]:
-    """Return estimates of the wanted quantities by name, from the same products.
-
-    The trace alone takes quadratic forms, which cost half a product where the operator has them.
-    """
-    stream = ProbeStream(products, settings)
-    scalars = {name: ScalarTally(name in POSITIVE) for name in wanted if name in SCALARS}
-    entries = {
-        name: EntryTally(products.size, products.device) for name in wanted if name not in SCALARS
-    }
-
-    def visit(rows: Tensor) -> None:
-        if list(wanted) == ["trace"]:
-            scalars["trace"].add(products.quadratic(rows))
-            return
-        out = products.rows(rows).to(stream.dtype)
-        if "trace" in scalars:
-            scalars["trace"].add(torch.linalg.vecdot(rows, out))
-        if "frobenius_sq" in scalars:
-            scalars["frobenius_sq"].add(norms_sq(out))
-        if "diagonal" in entries:
-            entries["diagonal"].add(lambda part: rows[:, part] * out[:, part], len(rows))
-        if "row_norms_sq" in entries:
-            entries["row_norms_sq"].add(lambda part: out[:, part].square(), len(rows))
-
-    reason = sample(stream, settings, 0, visit, [*scalars.values(), *entries.values()])
-    results: dict[str, Estimate[Any]] = {
-        name: scalar_estimate(tally, products, settings, reason, "hutchinson")
-        for name, tally in scalars.items()
-    }
-    for name, tally in entries.items():
+    """Return estimates of the wanted quantities by name, from the same products."""
+    tallies, reason = sampled(products, ProbeStream(products, settings), settings, wanted)
+    results: dict[str, Estimate[Any]] = {}
+    for name, tally in tallies.items():
+        if isinstance(tally, ScalarTally):
+            results[name] = scalar_estimate(tally, products, settings, reason, "hutchinson")
+            continue
         mean, stderr = (t.to(products.dtype) for t in tally.moments())
         results[name] = Estimate(
             mean,
@@ -80,6 +66,38 @@ def estimate(
     return results
 
 
+def sampled(
+    products: RowProducts, stream: ProbeStream, settings: Settings, wanted: Sequence[str]
+) -> tuple[dict[str, ScalarTally | EntryTally], str]:
+    """Return samples of the wanted quantities by name, and the reason to stop.
+
+    The trace alone takes quadratic forms, which cost half a product where the operator has them.
+    """
+    scalars = {name: ScalarTally(name in POSITIVE) for name in wanted if name in SCALARS}
+    entries = {
+        name: EntryTally(stream.shape, products.device) for name in wanted if name not in SCALARS
+    }
+    tallies: dict[str, ScalarTally | EntryTally] = {**scalars, **entries}
+
+    def visit(rows: Tensor) -> None:
+        if list(wanted) == ["trace"]:
+            scalars["trace"].add(products.quadratic(rows))
+            return
+        out, count = products.rows(rows).to(stream.dtype), rows.shape[-2]
+        if "trace" in scalars:
+            scalars["trace"].add(torch.linalg.vecdot(rows, out))
+        if "frobenius_sq" in scalars:
+            lengths_sq = norms_sq(out.reshape(-1, out.shape[-1]))
+            scalars["frobenius_sq"].add(lengths_sq.view(out.shape[:-1]))
+        if "diagonal" in entries:
+            entries["diagonal"].add(lambda part: rows[..., part] * out[..., part], count)
+        if "row_norms_sq" in entries:
+            entries["row_norms_sq"].add(lambda part: out[..., part].square(), count)
+
+    reason = sample(stream, settings, 0, visit, list(tallies.values()))
+    return tallies, reason
+
+
 def scalar_estimate(
     tally: ScalarTally, products: Products, settings: Settings, reason: str, method: str
 ) -> Estimate[float]:
@@ -87,8 +105,8 @@ def scalar_estimate(
     mean, stderr = tally.moments()
     samples = tally.samples()
     return Estimate(
-        mean,
-        stderr,
+        float(mean),
+        float(stderr),
         samples,
         products.num_matvecs,
         reason,

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from hvpfast.analysis.estimators.deflated import check_budget
 from hvpfast.analysis.estimators.result import Estimate
-from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, blocks
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings
 from hvpfast.analysis.estimators.subspace import chunks_of, multiply, orthonormal_rows, row_products
+from hvpfast.analysis.estimators.tallies import blocks
 from hvpfast.operators.matvecs import Products
 
 __all__ = ["xdiag", "xtrace"]

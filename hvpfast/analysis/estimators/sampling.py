@@ -1,4 +1,4 @@
-"""Sampling until a budget or a tolerance: streamed probes, running moments, the stopping rule."""
+"""Sampling until a budget or a tolerance: settings, streamed probes, the stopping rule."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hvpfast.analysis.estimators.result import student_quantile
+from hvpfast.analysis.estimators.tallies import Tally
+from hvpfast.analysis.progress import Progress
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
-from hvpfast.operators.matvecs import Products
+from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.utils.choice import check_choice
 
 __all__ = [
-    "EntryTally",
     "ProbeStream",
-    "Progress",
-    "ScalarTally",
     "Settings",
-    "Tally",
-    "at_least_single",
-    "blocks",
     "chunk_of",
     "rows_at_once",
     "sample",
@@ -36,7 +32,6 @@ DISTRIBUTIONS = ("rademacher", "normal", "sphere")
 MIN_SAMPLES = 16  # before the first look at a tolerance: Student's quantile needs near-normal means
 _CHUNK_BYTES = 2**24  # of rows at once: batched products, in memory that malloc uses again
 _MOST_ROWS = 256
-_BLOCK = 2**20  # entries of some rows that stay in cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class Settings:
 
 
 class ProbeStream:
-    """Probes 0, 1, 2, ... of one seed as rows, drawn as they are used.
+    """Probes 0, 1, 2, ... of one seed as rows (k, P), drawn as they are used.
 
     Args:
         products: the operator, which tells P, dtype and device.
@@ -101,133 +96,53 @@ class ProbeStream:
     """
 
     def __init__(self, products: Products, settings: Settings, at_once: int = 1) -> None:
-        self._products, self._next = products, 0
+        self._setup((products.size,), products.dtype, products.device, settings)
         self._at_once = max(at_once, rows_at_once(products))
+
+    def _setup(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, settings: Settings
+    ) -> None:
+        self.shape, self.dtype, self._device = shape, at_least_single(dtype), device
+        self._sphere = settings.distribution == "sphere"
+        self._distribution = "normal" if self._sphere else settings.distribution
+        self._seed, self._next, self._at_once = settings.seed, 0, 1
         self._memory: Tensor | None = None
-        self._distribution, self._seed = settings.distribution, settings.seed
-        self.dtype = at_least_single(products.dtype)
 
     def chunks(self, count: int) -> Iterator[Tensor]:
-        """Yield the next ``count`` probes as rows (k, P), a chunk at a time, in the same memory."""
-        step, size = min(self._at_once, count), self._products.size
-        if self._memory is None and self._products.device.type == "cpu" and count > step:
-            self._memory = torch.empty(step, size, dtype=self.dtype)
+        """Yield the next ``count`` probes as rows, a chunk at a time, in the same memory."""
+        step, width = min(self._at_once, count), math.prod(self.shape)
+        if self._memory is None and self._device.type == "cpu" and count > step:
+            # fresh pages for every chunk would cost more than the draw
+            self._memory = torch.empty(step * width, dtype=self.dtype)
         for start in range(0, count, step):
             number = min(step, count - start)
-            yield self.rows(number, None if self._memory is None else self._memory[:number])
+            yield self.rows(
+                number, None if self._memory is None else self._memory[: number * width]
+            )
 
-    def rows(self, count: int, out: Tensor | None = None) -> Tensor:
-        """Return the next ``count`` probes as rows (count, P), in ``out`` where it is given."""
-        sphere = self._distribution == "sphere"
-        name = "normal" if sphere else self._distribution
-        source = ProbeSource(count, name, self._seed, self._next)
-        size, device = self._products.size, self._products.device
-        rows = probe_rows(source, size, self.dtype, device, out)
+    def rows(self, count: int, memory: Tensor | None = None) -> Tensor:
+        """Return the next ``count`` probes as rows, in ``memory`` where it is given."""
+        rows = self._draw(ProbeSource(count, self._distribution, self._seed, self._next), memory)
         self._next += count
-        return scaled(rows, self._products.size) if sphere else rows
+        if self._sphere:
+            scaled(rows.view(-1, self.shape[-1]), self.shape[-1])
+        return rows
+
+    def _draw(self, source: ProbeSource, memory: Tensor | None) -> Tensor:
+        (size,) = self.shape
+        out = None if memory is None else memory.view(-1, size)
+        return probe_rows(source, size, self.dtype, self._device, out)
 
     def on_sphere(self, rows: Tensor, dimension: int) -> Tensor:
         """Scale rows to length sqrt(dimension), in place, where the distribution is the sphere."""
-        return scaled(rows, dimension) if self._distribution == "sphere" else rows
+        return scaled(rows, dimension) if self._sphere else rows
 
 
 class Chunks(Protocol):
     """What gives probes."""
 
     def chunks(self, count: int) -> Iterator[Tensor]:
-        """Yield the next ``count`` probes, a chunk at a time; a chunk's length counts them."""
-
-
-class Tally(Protocol):
-    """Running moments of one quantity."""
-
-    count: int
-
-    def relative_error(self, quantile: float) -> float:
-        """Bound of |estimate - truth| / |truth| at so many standard errors."""
-
-
-class ScalarTally:
-    """Samples of one number.
-
-    Args:
-        positive: the number cannot be negative.
-    """
-
-    def __init__(self, positive: bool) -> None:
-        self._parts, self.positive, self.count = list[Tensor](), positive, 0
-
-    def add(self, values: Tensor) -> None:
-        """Take samples (k,)."""
-        self._parts.append(values.to("cpu", torch.float64))
-        self.count += len(values)
-
-    def samples(self) -> Tensor:
-        """Return all samples (n,)."""
-        return torch.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
-
-    def moments(self) -> tuple[float, float]:
-        """Return the mean and its standard error."""
-        samples = self.samples()
-        mean = float(samples.mean())
-        if self.count < 2:
-            return mean, math.inf
-        return mean, float(samples.std()) / math.sqrt(self.count)
-
-    def relative_error(self, quantile: float) -> float:
-        """Bound of |mean - truth| / |truth|."""
-        mean, stderr = self.moments()
-        half = quantile * stderr
-        if half == 0:
-            return 0.0
-        if self.positive:  # the interval of the logarithm
-            return math.expm1(min(half / mean, 700.0)) if mean > 0 else math.inf
-        return half / (abs(mean) - half) if half < abs(mean) else math.inf
-
-
-class EntryTally:
-    """Running float64 sums of samples and their squares, for P numbers at once."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self._squares = torch.zeros_like(self._sum)
-        self.count = 0
-
-    def add(self, sample: Callable[[slice], Tensor], count: int) -> None:
-        """Take ``count`` samples; ``sample(entries)`` gives those of some entries, (count, p)."""
-        for part in blocks(len(self._sum), count):
-            values = sample(part)
-            self._sum[part] += values.sum(0)
-            self._squares[part] += values.square_().sum(0)
-        self.count += count
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Return the means (P,) and their standard errors (P,), float64."""
-        n = self.count
-        mean = self._sum / n
-        if n < 2:
-            return mean, torch.full_like(mean, math.inf)
-        variance = (self._squares - n * mean.square()).clamp_min_(0.0) / (n - 1)
-        return mean, (variance / n).sqrt_()
-
-    def relative_error(self, quantile: float) -> float:
-        """Bound of ||mean - truth|| / ||truth||.
-
-        E ||mean - truth||^2 = sum_i stderr_i^2; Student's quantile, of errors that move together,
-        bounds that of errors that do not.
-        """
-        mean, stderr = self.moments()
-        half, size = quantile * float(stderr.norm()), float(mean.norm())
-        if half == 0:
-            return 0.0
-        return half / (size - half) if half < size else math.inf
-
-
-def blocks(size: int, count: int) -> Iterator[slice]:
-    """Yield slices of ``size`` entries such that ``count`` rows of one fit into cache."""
-    step = max(1024, _BLOCK // max(1, count))
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+        """Yield the next ``count`` probes, a chunk at a time."""
 
 
 def sample(
@@ -266,14 +181,14 @@ def sample(
                 f"max_matvecs must be at least {count + spent}: num_matvecs, and {MIN_SAMPLES} "
                 f"samples before the first look at rtol; got {settings.most}"
             )
-    with Progress(
-        settings.progressbar, count + spent if rtol is None else settings.most, spent
-    ) as advance:
+    total = count + spent if rtol is None else settings.most
+    with Progress(settings.progressbar, total, "matvec", spent) as advance:
 
         def take(count: int) -> None:
             for rows in stream.chunks(count):
+                before = tallies[0].count
                 visit(rows)
-                advance(len(rows))
+                advance(tallies[0].count - before)
 
         take(count)
         if rtol is None:
@@ -314,24 +229,6 @@ def _look(
     return error, math.ceil(min(needed, settings.most if width < 0.5 else 8 * n))
 
 
-class Progress:
-    """A progress bar over products, where one is wanted; gives the function that moves it."""
-
-    def __init__(self, shown: bool, total: int, initial: int = 0) -> None:
-        self._bar: Any = None
-        if shown:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=initial, unit="matvec")
-
-    def __enter__(self) -> Callable[[int], object]:
-        return (lambda count: None) if self._bar is None else self._bar.update
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def scaled(rows: Tensor, dimension: int) -> Tensor:
     """Scale rows to length sqrt(dimension), in place."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
@@ -347,8 +244,3 @@ def rows_at_once(products: Products) -> int:
 def chunk_of(size: int, most_bytes: int = _CHUNK_BYTES) -> int:
     """Return how many probes of so many bytes are used at once."""
     return max(1, min(_MOST_ROWS, most_bytes // size))
-
-
-def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for anything else: the dtype of sums and projections."""
-    return dtype if dtype == torch.float64 else torch.float32

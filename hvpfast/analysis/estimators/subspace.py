@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators.sampling import blocks, rows_at_once
+from hvpfast.analysis.estimators.sampling import rows_at_once
+from hvpfast.analysis.estimators.tallies import blocks
 from hvpfast.operators.matvecs import Products
 
 __all__ = ["chunks_of", "multiply", "orthonormal_rows", "project_out", "row_products"]
