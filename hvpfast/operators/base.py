@@ -1,7 +1,7 @@
 """Linear operators A (P, P): products in several formats, sums, products, scalings and shifts.
 
-Columns outside, rows inside: ``A @ V`` takes tangents as columns (P, K), as linear algebra writes
-them; ``_apply`` takes and returns rows (K, P), so that each tangent is one contiguous vector.
+``A @ V`` takes tangents as columns (P, K), as linear algebra writes them; ``_apply`` takes and
+returns rows (K, P), so that each tangent is one contiguous vector.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LinearOperator(ABC):
     ``A @ v`` takes tangents as (P,), as columns (P, K), as a list of tensors shaped like the
     parameters (or each with a trailing K), or as a dict of them by name, and returns the same
     format. ``v @ A`` takes (P,) or rows (K, P). Operators and numbers combine with ``+ - * / @``.
-    Products take no part in autograd: results are detached, whatever tangents require.
+    Products take no part in autograd: results are detached, even where tangents require gradients.
 
-    A subclass gives ``_apply``, and ``_apply_adjoint`` where ``self_adjoint`` is False.
+    A subclass defines ``_apply``, and ``_apply_adjoint`` where ``self_adjoint`` is False.
     """
 
     __array_ufunc__ = None  # NumPy leaves numpy_number * A to A
@@ -75,10 +75,10 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def explain(self) -> str:
-        """What runs and why, for people."""
+        """Text that says what runs and why."""
 
     def agreed(self, number: int) -> int:
-        """The number that all processes with a part of A go on with: the least of theirs."""
+        """The least of the numbers that the processes with a part of A have; all must call it."""
         return number
 
     @abstractmethod
@@ -232,7 +232,10 @@ def _refuse_array(other: Any) -> Any:
 
 
 class _Combined(LinearOperator):
-    """What all combinations share: the operands' common size, dtype, device and layout."""
+    """A combination of operators of one size, dtype and device.
+
+    It has the layout of the operands where they agree in it, and none otherwise.
+    """
 
     def __init__(self, *operands: LinearOperator) -> None:
         first = operands[0]
@@ -252,15 +255,15 @@ class _Combined(LinearOperator):
 
     @abstractmethod
     def _formula(self) -> str:
-        """The combination with A, B for its operands."""
+        """The combination as text, with A, B for its operands."""
 
     @property
     def self_adjoint(self) -> bool:
-        """Whether the operands are."""
+        """Whether all operands are."""
         return all(operand.self_adjoint for operand in self._operands)
 
     def explain(self) -> str:
-        """The formula, and what its operands say."""
+        """The formula, and the explanations of its operands."""
         lines = [f"{self._formula()}, where"]
         for name, operand in zip("AB", self._operands, strict=False):
             lines += [f"{name} = " + operand.explain().replace("\n", "\n    ")]

@@ -1,4 +1,4 @@
-"""The data of an operator: batches (x, y) in a fixed order, read once or again and again."""
+"""The data of an operator: batches (x, y) in a fixed order, read once or for every pass."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _EXPECTED = "data must be a pair (x, y), a list of such pairs, or a DataLoader"
 class Batches:
     """The batches of ``data`` in a fixed order, on one device.
 
-    A pair (x, y) is one batch; a list or tuple of pairs stays where it is. Anything else that can
-    be iterated again, such as a DataLoader, is read and held in memory when its batches take at
-    most ``budget`` bytes; beyond that it is read again for every pass. Every reading starts from
-    the same state of the random generators, so a shuffling loader repeats its order; a checksum of
-    every batch proves it. The generators are left as they were.
+    A pair (x, y) is one batch; a list or tuple of pairs is used in place. Anything else that can be
+    iterated repeatedly, such as a DataLoader, is read and held in memory if its batches take at
+    most ``budget`` bytes, and is read again for every pass otherwise. Every reading starts from the
+    same state of the random generators, so a shuffling loader repeats its order, and a checksum of
+    every batch verifies it. The generators keep the state that they have outside.
 
     Args:
         data: the pair, the list, or the loader.
-        device: where the tensors are wanted; others are copied.
+        device: of the batches; tensors elsewhere are copied.
         dtype: floating-point type that floating-point tensors are converted to; None leaves them.
         budget: bytes that copies may take.
         may_be_empty: whether there may be no batch, or only batches without samples.
@@ -36,7 +36,7 @@ class Batches:
     Attributes:
         num_samples: samples in all batches.
         held: whether all batches are in memory.
-        nbytes: bytes of the copies made here.
+        nbytes: bytes of the copies that are held.
 
     Raises:
         TypeError: ``data`` can be iterated only once, or its items are not pairs (x, y).
@@ -101,7 +101,7 @@ class Batches:
             raise _changed(f"{count} batches came instead of {self._count}")
 
     def tensors(self) -> list[Tensor]:
-        """The tensors in memory that the batches are read from."""
+        """The tensors in memory from which batches are read."""
         if self.held:
             return list(tensors_in(self._batches))
         return list(tensors_in(self._source)) if self._in_memory else []
@@ -113,7 +113,7 @@ class Batches:
         return [_checksum(given) for given in self._read()] == self._checksums
 
     def describe(self) -> str:
-        """How many batches and samples, and where they are, for people."""
+        """Text: how many batches and samples, and where they are."""
         count = "1 batch" if self._count == 1 else f"{self._count} batches"
         where = "in memory" if self.held else "read again for every product"
         return f"{count}, {self.num_samples} samples, {where}"
@@ -128,7 +128,7 @@ class Batches:
         return tensor.to(self._device)
 
     def _read(self) -> Iterator[Batch]:
-        """Batches as the source gives them, from the random state of the first reading."""
+        """Batches as they come from the source, in the random state of the first reading."""
         if self._random is None:
             for index, item in enumerate(self._source):
                 yield _as_batch(item, index)
@@ -146,7 +146,7 @@ class Batches:
 
 
 def _source_of(data: Any) -> tuple[Iterable[Any], bool]:
-    """(iterable whose items should be pairs, whether it is in memory already)."""
+    """An iterable whose items should be pairs, and whether it is in memory already."""
     if isinstance(data, (tuple, list)):
         one_batch = len(data) == 2 and isinstance(data[1], Tensor)
         return ([data] if one_batch else data), True

@@ -1,4 +1,4 @@
-"""Checks that two evaluations of a loss agree: a random loss has no one Hessian."""
+"""Checks that two evaluations of a loss agree: a random loss has no single Hessian."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_batch_twice(
     """Compare two losses and gradients of one batch, once per kind of model, mode and data.
 
     Returns:
-        What was done, for ``explain()``.
+        A line for ``explain()``.
 
     Raises:
         RuntimeError: they differ.
@@ -61,7 +61,7 @@ def check_everything_twice(operator: LinearOperator, linearized: LinearizedData)
     """Compare two readings of the data, and two losses, gradients and products over all data.
 
     Returns:
-        What was done, for ``explain()``.
+        A line for ``explain()``.
 
     Raises:
         RuntimeError: they differ.

@@ -3,13 +3,13 @@
     L(p) = sum_r sum_{b on r} c_b L_b(p)      processes r; coefficients c_b over all processes' data
     A v  = sum_r A_r v                        one all-reduce
 
-What is summed travels with two numbers per process: whether its part failed, and a mark of what
-must be the same everywhere (the tangents, the parameters). So a process that fails still takes part
-in the all-reduce, and all learn of it there: they raise together, and none waits for another.
+Two numbers per process are reduced along with the sum: whether its part failed, and a mark of what
+must be the same everywhere (the tangents, the parameters). A process that fails therefore still
+takes part in the all-reduce, which tells all the others: they raise together, and none waits.
 
-Everything else of an algorithm, such as the vectors of Lanczos, runs in every process alike on the
-same numbers. gloo (CPU) is tested with two and three processes; NCCL takes the same path and has
-not been run on several GPUs.
+The rest of an algorithm, such as the vectors of Lanczos, is computed by every process from the same
+numbers. gloo (CPU) is tested with two and three processes; NCCL takes the same path and has not
+been run on several GPUs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DistributedError(RuntimeError):
 
 
 class Group:
-    """What operators ask of a process group: sums that fail in all processes or in none.
+    """A process group with sums that fail in all processes or in none.
 
     Args:
         process_group: of ``torch.distributed``, with this process in it.
@@ -89,7 +89,7 @@ class Group:
         return group
 
     def describe(self) -> str:
-        """Which process this is, for people."""
+        """Text: which process this is."""
         return f"process group: rank {self.rank} of {self.size}, {self.backend}"
 
     def total(
@@ -104,8 +104,8 @@ class Group:
         """The sum of all processes' parts, and their marks, by one all-reduce.
 
         Args:
-            what: is summed, for messages.
-            part: gives this process's summand, of ``shape``; may raise.
+            what: name of the sum, for messages.
+            part: returns this process's summand, of ``shape``; may raise.
             shape: of the summands.
             dtype: of the summands.
             device: of the summands; that of the group's collectives if None.
@@ -142,7 +142,7 @@ class Group:
         return summed.view(*shape), shown[size:]
 
     def _explain(self, what: str, error: Exception | None) -> None:
-        """Raise in every process what went wrong in some; nothing if nothing did."""
+        """Raise in every process if any of them failed."""
         reasons = self.gathered(what, None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
@@ -171,7 +171,7 @@ class Group:
                     )
 
     def gathered(self, what: str, mine: T) -> list[T]:
-        """What every process gave, by rank."""
+        """``mine`` of every process, by rank."""
         everyone: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(everyone, mine, group=self._group)
@@ -180,7 +180,7 @@ class Group:
         return everyone
 
     def least(self, value: int) -> int:
-        """The least of all processes' integers in [0, 2**64), which then go on alike."""
+        """The least of all processes' integers in [0, 2**64)."""
         tensor = torch.tensor(value - 2**63, dtype=torch.int64, device=self._device)
         self._all_reduce("choice of a common number", tensor, dist.ReduceOp.MIN)
         return int(tensor) + 2**63
@@ -197,7 +197,7 @@ class Group:
             f"is stuck, or broke the connection; its own output tells why. Here: {error}"
         ) from error
 
-    # Tangents, which all processes must have alike.
+    # Products: the tangents must be the same in all processes.
 
     def product(
         self, what: str, part: Callable[[], Tensor], shape: Sequence[int], rows: Tensor
@@ -221,7 +221,7 @@ class Group:
         return out
 
     def _mark(self, rows: Tensor) -> Tensor | float:
-        """A number that differs where entries do: they are folded to (4093,) and weighed."""
+        """A weighted sum of the entries, folded to (4093,): it differs where tangents do."""
         flat, weights = rows.reshape(-1), self._weights
         if weights.dtype != rows.dtype or weights.device != rows.device or not weights.numel():
             source = ProbeSource(1, "normal", seed=0)
@@ -234,11 +234,11 @@ class Group:
 
 @contextmanager
 def together(group: Group | None, what: str) -> Iterator[None]:
-    """Around what each process does for itself: it fails in every process where it fails in one.
+    """A context for work that each process does on its own: if it fails in one, all raise.
 
     Raises:
         DistributedError: it raised in another process.
-        Exception: what it raised here.
+        Exception: whatever the work raised here.
     """
     if group is None:
         yield
@@ -258,7 +258,7 @@ def together(group: Group | None, what: str) -> Iterator[None]:
 
 
 def processes_here(group: Group | None, device: torch.device) -> int:
-    """Processes that share this one's memory: torchrun's local ones for operators on the CPU."""
+    """Number of processes that share this machine's memory, for operators on the CPU; else 1."""
     if group is None or device.type != "cpu":
         return 1
     return min(group.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -273,7 +273,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def settings_of(model: nn.Module, loss_fn: Callable[..., Any], **more: object) -> dict[str, object]:
-    """What operators in several processes must have in common, beside the values of parameters."""
+    """What operators must have in common in all processes, besides the values of parameters."""
     modules = {
         f"the module {name!r}": f"{type(module).__qualname__}({module.extra_repr()})"
         for name, module in model.named_modules()
@@ -295,10 +295,11 @@ def _loss_text(loss_fn: Any) -> str:
 
 
 def shard(data: Any, process_group: Any) -> Any:
-    """This process's part of tensors (N, ...): contiguous, of N // size or one more samples.
+    """This process's part of tensors (N, ...): N // size consecutive samples, or one more.
 
-    Exact, where ``torch.utils.data.DistributedSampler`` repeats samples so that all parts have one
-    size. With fewer samples than processes some parts are empty, which operators allow.
+    Every sample is in one part, while ``torch.utils.data.DistributedSampler`` repeats samples so
+    that all parts have one size. With fewer samples than processes some parts are empty, which
+    operators allow.
 
     Args:
         data: a tensor or nested tuples, lists and dicts of tensors with the same N, such as (x, y).

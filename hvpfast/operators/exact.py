@@ -1,7 +1,7 @@
 """Exact curvature of a perceptron without probes, over all data of an operator.
 
-The Hessian of a perceptron's loss on one sample is a small matrix between two wide, simple factors:
-its core (``hvpfast/backends/reference/cores.py`` has the formulas). With L = sum_b c_b L_b over
+The Hessian of a perceptron's loss on one sample is a small matrix, its core, between two wide and
+simple factors (formulas: ``hvpfast/backends/reference/cores.py``). With L = sum_b c_b L_b over
 batches,
 
     tr H = sum_b c_b tr H_b,    diag H likewise,    tr H^2 = sum_bb' c_b c_b' tr H_b H_b'
@@ -44,13 +44,13 @@ class CoreCost:
 class Cores:
     """Exact values of a Hessian or Gauss-Newton matrix H of a perceptron; made by ``A.cores()``.
 
-    H is the block of the operator's parameters. Nothing is kept between calls; memory is bounded,
-    for samples are taken in chunks.
+    H is the block of the operator's parameters. Nothing is kept between calls; samples are taken
+    in chunks, which bounds the memory.
 
     Args:
         linearized: the data, linearized.
         subset: the parameters among those of the network.
-        ggn: of the Gauss-Newton matrix.
+        ggn: whether H is the Gauss-Newton matrix.
 
     Raises:
         NotImplementedError: the model, the loss or the data are not those of a perceptron, a
@@ -107,7 +107,7 @@ class Cores:
         return self._subset.restrict(total.unsqueeze(0))[0]
 
     def frobenius_sq(self) -> Tensor:
-        """tr H^2 = ||H||_F^2, 0-dim; the work grows with the square of the number of samples.
+        """tr H^2 = ||H||_F^2, 0-dim; the work grows with N^2 for N samples.
 
         Raises:
             RuntimeError, MemoryError: as :meth:`trace`.
@@ -126,10 +126,10 @@ class Cores:
         )
 
     def cost(self) -> CoreCost:
-        """What the values take, in multiply-adds.
+        """Multiply-adds of the matrix products behind the values.
 
-        Counts the matrix products: for N samples and widths D, sum_l D[l]^2 D[l+1] N and more for
-        the cores; for tr H^2 the pairs of samples times the entries of the cores.
+        For N samples and widths D the cores take sum_l D[l]^2 D[l+1] N and more; tr H^2 takes the
+        pairs of samples times the entries of a core.
         """
         num_samples = sum(batch_size(batch) for batch in self._linearized.batches)
         per_core, per_pair = _counts(self._spec, self._ggn)
@@ -143,7 +143,7 @@ class Cores:
         )
 
     def _over_batches(self, value: Callable[[float, State], Tensor], what: str) -> list[Tensor]:
-        """The values of all batches that count."""
+        """``value(c_b, state of batch b)`` for all batches that count."""
         linearized = self._linearized
         linearized.check_current()
         with linearized.running():

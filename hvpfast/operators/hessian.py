@@ -4,8 +4,8 @@
     H = d2 L / dp2                 HessianOperator
     G = sum J' (d2 loss / dz2) J   GGNOperator, the generalised Gauss-Newton matrix; J = dz / dp
 
-p is the flat vector (P,) of the chosen parameters. Batches are linearized when an operator is made
-and serve every product after that; only what does not fit into memory is linearized again.
+p is the flat vector (P,) of the chosen parameters. Batches are linearized when an operator is made,
+and all products use these linearizations; only what does not fit into memory is linearized again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LARGE = 2**26  # bytes of products from which free memory is checked before
 
 
 class CurvatureOperator(LinearOperator):
-    """What the Hessian and the Gauss-Newton operator share; they differ in one flag.
+    """The Hessian or the Gauss-Newton matrix of a loss over a data set; they differ in one flag.
 
     Attributes:
         model: the module.
@@ -106,10 +106,9 @@ class CurvatureOperator(LinearOperator):
         self._names = layout.names
         self.subset = Subset(entries, linearized.objective.tensors)
         width = sum(t.numel() for t in linearized.objective.tensors)
-        # one tangent's memory, estimated: itself and its product, both whole, twice; layer values
+        # memory per tangent, estimated: the tangent and its product, both whole and chosen parts,
+        # and the values of the layers
         self._row_bytes = 4 * width * self.dtype.itemsize + linearized.largest
-
-    # What it is.
 
     @property
     def backend(self) -> str:
@@ -142,9 +141,9 @@ class CurvatureOperator(LinearOperator):
         return self.subset.restrict(self.linearized.gradient().unsqueeze(0))[0]
 
     def refresh(self) -> None:
-        """Move to the present values of parameters, buffers and data: linearize again.
+        """Linearize again, at the present values of parameters, buffers and data.
 
-        Blocks made by :meth:`blocks` on a backend for MLPs move with their operator.
+        Blocks made by :meth:`blocks` on a backend for MLPs are refreshed with their operator.
         """
         self.linearized.update()
 
@@ -158,8 +157,9 @@ class CurvatureOperator(LinearOperator):
                 (parameters whose names differ only after the last dot).
 
         Yields:
-            Operators of the same kind; ``param_names`` tells which block. For an MLP they share
-            the linearizations of this operator; otherwise each differentiates its own parameters.
+            Operators of the same kind; ``param_names`` says which block it is. For an MLP they
+            share the linearizations of this operator; otherwise each linearizes for its own
+            parameters.
 
         Raises:
             ValueError: a pattern matches no parameter of this operator.
@@ -183,7 +183,7 @@ class CurvatureOperator(LinearOperator):
         return block
 
     def explain(self) -> str:
-        """What runs where and why, what is kept in memory, and what was checked."""
+        """Text: what runs where and why, what is kept in memory, and what was checked."""
         kind = "generalised Gauss-Newton" if self._ggn else "Hessian"
         chunk = f"{self._chunk_size} tangents at a time"
         if self._chunk_size == "auto":
@@ -199,14 +199,12 @@ class CurvatureOperator(LinearOperator):
         ]
         return "\n".join(lines)
 
-    # What it does.
-
     def cores(self) -> Cores:
         """Exact trace, diagonal, tr A^2 and traces of samples without probes, for perceptrons.
 
         Raises:
-            NotImplementedError: the operator is not that of a perceptron, or its data are spread
-                over processes; the message is the reason.
+            NotImplementedError: the model is not a perceptron, or the data are spread over
+                processes; the message is the reason.
         """
         return Cores(self.linearized, self.subset, self._ggn)
 
@@ -222,7 +220,7 @@ class CurvatureOperator(LinearOperator):
         return out[0] if tangents.dim() == 1 else out
 
     def _own_quadratic(self, rows: Tensor) -> Tensor:
-        """``v_k' A v_k`` (K,) with this process's data."""
+        """``v_k' A v_k`` (K,) over this process's data."""
         out = rows.new_zeros(rows.shape[0])
         self._add_up(rows, out, lambda state, part: state.quadratic(part, self._ggn))
         return out
@@ -235,7 +233,7 @@ class CurvatureOperator(LinearOperator):
         return group.product("product", part, rows.shape, rows)
 
     def _own_product(self, rows: Tensor) -> Tensor:
-        """``A v_k`` (K, P) with this process's data."""
+        """``A v_k`` (K, P) over this process's data."""
         linearized, subset, count = self.linearized, self.subset, rows.shape[0]
         if rows.nbytes > _LARGE:
             self._check_room(count, rows.nbytes)
@@ -273,7 +271,7 @@ class CurvatureOperator(LinearOperator):
         return number if group is None else group.least(number)
 
     def _explain_memory(self, error: Exception, count: int) -> None:
-        """Raise MemoryError with sizes where a product with ``count`` tangents ran out of it."""
+        """Raise MemoryError with sizes if ``error`` says that ``count`` tangents took too much."""
         if out_of_memory(error) and "ran out of memory" not in str(error):
             raise MemoryError(
                 f"a product with {count} tangents of {self.num_params:,} {self.dtype} parameters "
@@ -283,13 +281,13 @@ class CurvatureOperator(LinearOperator):
             ) from error
 
     def _chunk(self) -> int:
-        """Tangents that are multiplied at once."""
+        """Number of tangents that are multiplied at once."""
         if isinstance(self._chunk_size, int):
             return self._chunk_size
         return max(1, int(WORK_SHARE * self.linearized.free) // self._row_bytes)
 
     def _check_room(self, count: int, size: int) -> None:
-        """Raise MemoryError where the K products cannot be held."""
+        """Raise MemoryError if ``count`` products of ``size`` bytes in all do not fit."""
         free = available_bytes(self.device)
         if size > free:
             raise MemoryError(
@@ -318,8 +316,8 @@ class HessianOperator(CurvatureOperator):
     ``H @ v`` takes (P,), columns (P, K), or a list or dict of tensors shaped like the parameters;
     see :class:`LinearOperator` for formats and algebra. Products are exact, for
     batches of any sizes: a mean over batches is weighted by the number of targets that count (by
-    class weights, without ignored ones), of elements for mse and its kin, of samples for other
-    losses. Nothing of the model is touched: no ``.grad``, mode, ``requires_grad``, random state.
+    class weights, without ignored ones), of elements for mse and similar losses, of samples for
+    others. The model stays as it is: ``.grad``, mode, ``requires_grad``, and the random state.
 
     Args:
         model: any module, called as ``model(x)``. BatchNorm, and Dropout with p > 0, must be in
@@ -333,7 +331,7 @@ class HessianOperator(CurvatureOperator):
             ``"0.bias"``, ...
         data: a pair (x, y), a list of such pairs, or a DataLoader; see
             :class:`hvpfast.operators.data.Batches`.
-        reduction: ``"mean"`` or ``"sum"``, for losses that do not tell by ``.reduction``.
+        reduction: ``"mean"`` or ``"sum"``, for losses without ``.reduction``.
         backend: ``"auto"``, or a name from :func:`hvpfast.available`.
         dtype: floating-point type of the computation; parameters and data are converted. None
             takes that of the parameters.
@@ -341,23 +339,23 @@ class HessianOperator(CurvatureOperator):
             rounding only.
         memory_budget: bytes that may be kept between products, of data and of linearizations;
             ``"auto"`` is half of the memory that is free. Beyond it batches are linearized again
-            in every product: ``explain()`` says how many.
+            in every product; ``explain()`` says how many.
         progressbar: show progress over the batches.
         check_deterministic: ``"auto"`` compares two evaluations of one batch, once per kind of
-            model, mode and data; True compares two of everything; False nothing.
-        process_group: of ``torch.distributed``, each of whose processes gives its own part of the
-            data (:func:`hvpfast.shard`), of any size; everything is then over the data
-            of all. All of them make the operator and call it alike, with the same parameters,
-            settings and tangents: one all-reduce per call. A failure in one raises in all.
+            model, mode and data; True compares two evaluations of everything; False nothing.
+        process_group: of ``torch.distributed``. Each process gives its own part of the data
+            (:func:`hvpfast.shard`), of any size, and results are over the data of all. All
+            processes make the operator and call it in the same way, with the same parameters,
+            settings and tangents; a call is one all-reduce. A failure in one process raises in all.
 
     Raises:
         TypeError: an argument of the wrong kind, or data that can be read only once.
         ValueError: a wrong value, empty data, a parameter that is not the model's, BatchNorm or
             Dropout in train mode, a loss that is not finite.
         RuntimeError: the named backend cannot run this; the loss is not deterministic; in
-            products: parameters, buffers or data were changed (see :meth:`refresh`; what is done
-            in place through ``.data`` cannot be seen).
-        MemoryError: in products that do not fit into memory; the message says what does.
+            products: parameters, buffers or data were changed in place (see :meth:`refresh`;
+            changes through ``.data`` cannot be seen).
+        MemoryError: products do not fit into memory; the message says what does.
         DistributedError: another process failed, or differs in parameters, settings or tangents.
 
     References:

@@ -1,4 +1,4 @@
-"""Linearizations of all batches at one point: kept within a budget, made again beyond it."""
+"""Data linearized at one point: states of batches are kept within a budget, or made when needed."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ class LinearizedData:
     Coefficients c_b are n_b / sum n_b for a mean, 1 for a sum (see ``reduction.py``).
 
     Args:
-        objective: what is linearized.
+        objective: the model with its loss.
         batches: the data.
         weight: the weight n_b of a batch.
-        budget: bytes that kept data and states may take; other states are made in every pass.
+        budget: bytes that kept data and states may take; further states are made in every pass.
         free: bytes of memory that are available.
         progressbar: show one for every pass over the batches.
-        group: processes with shards of the data; L and its coefficients are those of all data.
+        group: processes with shards of the data; L and its coefficients are over all data.
 
     Attributes:
         loss: L, 0-dim.
-        kept, kept_bytes: number of kept states, and what they take.
-        skipped: batches of a mean none of whose targets counts.
-        only: the kept state of an only batch with coefficient 1 on a backend: nothing to add up.
+        coefficients: c_b of this process's batches.
+        kept, kept_bytes: number of kept states, and the bytes they take.
+        skipped: number of batches in a mean none of whose targets counts.
+        only: the kept state, if there is a single batch with coefficient 1 on a backend and so
+            nothing to add up; else None.
         largest: bytes of the largest state.
-        free: bytes of memory that are left beside what is kept.
+        free: bytes of memory that are left besides what is kept.
         on_backend: whether a backend evaluates the model, rather than the model's own code.
     """
 
@@ -67,11 +69,11 @@ class LinearizedData:
         """Linearize at the present values of the parameters.
 
         Raises:
-            ValueError: no target counts, or what linearize says of a batch.
+            ValueError: no target counts, or a batch cannot be linearized.
             MemoryError: a batch is too large.
             DistributedError: another process of the group failed, or has other parameters.
         """
-        self._failed = True  # until the end of this
+        self._failed = True  # until the end of this method
         if self.group is None:
             weights, losses = self._linearize_all()
             total = sum(weights)
@@ -98,7 +100,7 @@ class LinearizedData:
         self._failed = False
 
     def _linearize_all(self) -> tuple[list[float], list[float]]:
-        """The weights n_b and losses L_b of this process's batches, whose states are kept."""
+        """The weights n_b and losses L_b of this process's batches; keeps their states."""
         self._states: list[State | None] = []
         self.kept_bytes = self.largest = 0
         self.objective.check_modes()
@@ -207,8 +209,8 @@ class LinearizedData:
         """Raise RuntimeError if parameters, buffers or data were changed since the last update.
 
         Raises:
-            RuntimeError: they were, or that update failed; the message says what to do.
-            ValueError: a module is in a train mode that has no one Hessian.
+            RuntimeError: they were, or the last update failed; the message says what to do.
+            ValueError: a module is in a train mode in which the loss is random.
         """
         if self._failed:
             raise RuntimeError("the last refresh() of the operator failed; call it again first")
@@ -222,7 +224,7 @@ class LinearizedData:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around everything that may run the model: keeps the caller's random generators."""
+        """A context for everything that may run the model: it keeps the caller's generators."""
         with self._random or nullcontext():
             yield
 

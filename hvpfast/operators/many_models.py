@@ -80,7 +80,7 @@ class ModelsOperator:
         return self._lin.quadratic_rows(rows, self._ggn)
 
     def explain(self) -> str:
-        """What runs where and why."""
+        """Text: what runs where and why."""
         kind = "generalised Gauss-Newton matrices" if self._ggn else "Hessians"
         return f"{kind} of {self._lin.explain()}"
 

@@ -1,4 +1,4 @@
-"""What an algorithm asks of a symmetric operator A (P, P): products with rows, counted and checked.
+"""Products of a symmetric operator A (P, P) with rows, counted and checked, for algorithms.
 
 A is anything with ``.shape`` and ``@`` on columns: operators of this library, a torch tensor, a
 curvlinops operator, a NumPy array, a SciPy LinearOperator.
@@ -45,9 +45,9 @@ class Products:
         operator: has ``.shape == (P, P)`` and ``@`` with columns (P, K), of torch or of NumPy.
 
     Attributes:
-        operator: what was given.
+        operator: A as given.
         size: P.
-        dtype, device: of the rows; float64 on the CPU where the operator does not tell.
+        dtype, device: of the rows; float64 on the CPU where the operator has none.
         num_matvecs: products with one vector so far; a quadratic form counts as one.
 
     Raises:
@@ -77,7 +77,7 @@ class Products:
         self.device = torch.device("cpu" if self._numpy else getattr(operator, "device", "cpu"))
 
     def rows(self, rows: Tensor) -> Tensor:
-        """A v_k (K, P) for rows v_k (K, P) of any floating-point dtype; ``self.dtype`` returned.
+        """A v_k (K, P), of ``self.dtype``, for rows v_k (K, P) of any floating-point dtype.
 
         Raises:
             NonFiniteProductError: a product holds NaN or infinity.
@@ -92,7 +92,7 @@ class Products:
         return self._checked(out)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """v_k' A v_k (K,) for rows v_k (K, P), at half the work where the operator can.
+        """v_k' A v_k (K,) for rows v_k (K, P), at half the work for operators that offer it.
 
         Raises:
             NonFiniteProductError: a value is NaN or infinite.
@@ -117,17 +117,17 @@ class Products:
         return out
 
     def agreed(self, number: int) -> int:
-        """The number that all processes with a part of the operator go on with: their least."""
+        """The least of the numbers of all processes with a part of the operator."""
         operator = self.operator
         return operator.agreed(number) if isinstance(operator, LinearOperator) else number
 
     def chunk(self, copies: int = 4) -> int:
-        """Rows that may be in work at once, where ``copies`` arrays of them are alive."""
+        """Number of rows to process at once, when ``copies`` arrays of them are in memory."""
         share = WORK_SHARE * self.agreed(available_bytes(self.device, max_age=1.0))
         return max(1, int(share / (copies * self.size * self.dtype.itemsize)))
 
     def check_room(self, count: int, copies: int, what: str) -> None:
-        """Raise MemoryError where ``copies`` arrays of ``count`` rows cannot be held."""
+        """Raise MemoryError if ``copies`` arrays of ``count`` rows do not fit into memory."""
         size = count * copies * self.size * self.dtype.itemsize
         if size <= _SMALL:
             return
@@ -140,10 +140,10 @@ class Products:
             )
 
     def check_symmetric(self, seed: int = 0) -> None:
-        """Raise ValueError where u'(Av) and v'(Au) differ for two random vectors.
+        """Raise ValueError if u'(Av) and v'(Au) differ for two random vectors u, v.
 
-        Costs two products; none for operators that are known to be self-adjoint. An asymmetric A
-        passes with probability zero up to rounding: the difference is u'(A - A')v.
+        Costs two products, and none for operators that are known to be self-adjoint. Up to
+        rounding an asymmetric A passes with probability zero: the difference is u'(A - A')v.
         """
         if getattr(self.operator, "self_adjoint", False):
             return

@@ -1,7 +1,7 @@
 """What an operator linearizes: a model with a loss, as an MLP of the backends or as a function.
 
 Both kinds have ``tensors``, whose concatenation is the flat vector (F,) of their products;
-``update()``, which takes the values of the parameters; and ``linearize(batch)`` at these values.
+``update()``, which reads the values of the parameters; and ``linearize(batch)`` at these values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Watch:
         return sum(map(_version, tensors)), [t.data_ptr() for t in tensors]
 
     def changed(self) -> bool:
-        """Whether a tensor changed (what is done through ``.data`` in place cannot be seen)."""
+        """Whether a tensor changed (changes through ``.data`` cannot be seen)."""
         return self._marks() != self._mark
 
 
@@ -65,7 +65,7 @@ class MLPObjective:
         self.update()
 
     def update(self) -> None:
-        """Take the present values of the parameters (without a copy where the dtype is theirs)."""
+        """Read the present values of the parameters, without a copy if they have the dtype."""
         self._params = [t.detach().to(self.dtype) for t in self._own]
 
     def linearize(self, batch: Batch) -> State:
@@ -81,7 +81,7 @@ class MLPObjective:
         return list(self._own)
 
     def check_modes(self) -> None:
-        """Nothing: the states do not run the modules."""
+        """Do nothing: the states do not run the modules."""
 
 
 class FunctionObjective:
@@ -116,7 +116,7 @@ class FunctionObjective:
         self.update()
 
     def update(self) -> None:
-        """Take the present values of the parameters and buffers."""
+        """Read the present values of the parameters and buffers."""
         self._flat = torch.cat([self._cast(t).reshape(-1) for t in self.tensors])
         chosen = set(self._names)
         others = [(n, p) for n, p in self._model.named_parameters() if n not in chosen]
@@ -135,7 +135,7 @@ class FunctionObjective:
             pieces = torch.split(params[0], self._numels)
             values = [piece.view(s) for piece, s in zip(pieces, self._shapes, strict=True)]
             own = dict(zip(self._names, values, strict=True))
-            # copies: a forward pass may write to buffers, and the model's stay as they are
+            # copies: a forward pass may write to buffers, and the model's must not change
             buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
             everything = {**self._constants, **buffers, **own}
             return torch.func.functional_call(self._model, everything, (batch.x,))
@@ -159,7 +159,7 @@ class FunctionObjective:
         return [*self._model.parameters(), *self._model.buffers()]
 
     def check_modes(self) -> None:
-        """Raise ValueError where a module was put into a train mode that has no one Hessian."""
+        """Raise ValueError if a module is in a train mode in which the loss is random."""
         check_deterministic_modules(self._model)
 
     def _cast(self, tensor: Tensor) -> Tensor:
@@ -175,9 +175,9 @@ def objective_for(
     backend: str,
     dtype: torch.dtype | None,
 ) -> MLPObjective | FunctionObjective:
-    """The model as an MLP where it, the loss and the data are that; else as a function.
+    """The objective: an MLP if the model, the loss and the data allow it, else a function.
 
-    ``batch`` is one of the data, None where there are none.
+    ``batch`` is one of the data, None if there are none.
 
     Raises:
         RuntimeError: the named backend cannot run this; the message says why.
@@ -200,7 +200,11 @@ def objective_for(
 
 
 def spec_for(model: nn.Module, loss_fn: Callable[..., Any], batch: Batch | None) -> MLPSpec:
-    """The specification, if the data are those of an MLP too; else NotAnMLPError."""
+    """The specification of the MLP.
+
+    Raises:
+        NotAnMLPError: the model, the loss or the batch is not that of an MLP.
+    """
     spec = plan_of(model, loss_fn).spec
     if batch is None:
         return spec

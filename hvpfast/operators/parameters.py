@@ -1,4 +1,4 @@
-"""The tensors that make up a flat vector of parameters: choosing, flattening, splitting them."""
+"""The parameters that make up a flat vector: how they are named, chosen and placed in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,15 @@ class Entry(NamedTuple):
 
 
 class Subset:
-    """P coordinates of a longer flat vector (F,): those of entries, in the order of the entries."""
+    """P coordinates of a longer flat vector (F,): those of some entries, in the entries' order.
+
+    Args:
+        entries: the P coordinates.
+        tensors: the parameters whose concatenation is (F,).
+
+    Attributes:
+        whole: whether the P coordinates are all of (F,), in order.
+    """
 
     def __init__(self, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
         starts: dict[int, int] = {}
@@ -53,7 +61,7 @@ class Subset:
         self.whole = self._runs == [(0, self._full)]
 
     def holds(self, start: int, stop: int) -> bool:
-        """Whether the entries from ``start`` to ``stop`` of (F,) are all among them."""
+        """Whether all of (F,) from ``start`` to ``stop`` is among them."""
         return any(a <= start and stop <= b for a, b in self._runs)
 
     def embed(self, rows: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ def _parameters_of(model: nn.Module) -> list[Entry]:
 
 
 def matching(entries: Iterable[Entry], patterns: str | Iterable[str]) -> list[Entry]:
-    """The entries whose names match one of the glob patterns, in order.
+    """The entries whose names match a glob pattern, in the order of the patterns.
 
     Raises:
         ValueError: a pattern matches nothing.

@@ -74,7 +74,7 @@ def reduction_of(loss_fn: Loss, reduction: str | None = None) -> str:
 
 
 def _as_module(loss_fn: Loss) -> Loss:
-    """The module that a function of torch.nn.functional (or its partial) stands for."""
+    """The module of a function of torch.nn.functional, or of a partial of one; else the loss."""
     function: Any = loss_fn
     options: dict[str, Any] = {}
     if isinstance(loss_fn, functools.partial) and not loss_fn.args:
@@ -88,7 +88,7 @@ def _as_module(loss_fn: Loss) -> Loss:
 class BatchWeight:
     """The weight n_b of a batch in a mean over batches; 1 for every batch of a sum.
 
-    Zero means that no target of the batch counts: its mean is 0/0, and it has no part in the loss.
+    Zero means that no target of the batch counts: its mean is 0/0, and the loss leaves it out.
     """
 
     def __init__(self, loss_fn: Loss, reduction: str | None = None) -> None:
