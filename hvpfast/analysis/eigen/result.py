@@ -1,4 +1,4 @@
-"""What :func:`hvpfast.analysis.eigen.eigsh` returns."""
+"""What :func:`hvpfast.eigsh` returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EigenResult:
 
     j <= k pairs are held: fewer than k only where the budget of products ended before the subspace
     had k dimensions. Residuals are those of the vectors given here, with everything that rounding
-    does to the products: see :func:`hvpfast.analysis.eigen.eigsh`.
+    does to the products: see :func:`hvpfast.eigsh`.
 
     Attributes:
         eigenvalues: theta (j,) float64 on the CPU. "LM": by decreasing magnitude; "LA" and "BE":

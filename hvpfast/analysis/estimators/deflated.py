@@ -1,13 +1,13 @@
-"""Estimators that treat a dominant subspace exactly and sample what is left.
+"""Estimators that treat a dominant subspace exactly and sample the rest.
 
-With an orthonormal basis Q (P, k), R = I - QQ' and probes g that are independent of Q, given Q all
-samples are independent and unbiased, so that their spread gives the standard error.
+For an orthonormal basis Q (P, k) let R = I - QQ', and let the probes g be independent of Q. Given Q
+all samples are independent and unbiased, so that their spread gives the standard error.
 
     Hutch++      tr A      = tr Q'AQ + E g'RARg
     NA-Hutch++   tr A      = tr B    + E g'(A - B)g          B = Z (S'Z)^+ W',  Z = A T,  W = A S
     deflated     ||A||_F^2 = 2 ||AQ||_F^2 - ||Q'AQ||_F^2 + E ||RARg||^2               for A = A'
 
-Q = orth(A T) for random probes T. In NA-Hutch++ no product waits for another one.
+Q = orth(A T) for random probes T. In NA-Hutch++ no product depends on another.
 
 References: Meyer, Musco, Musco, Woodruff (2021), doi:10.1137/1.9781611976496.16.
 """
@@ -78,7 +78,7 @@ def na_hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float
     S = stream.rows(narrow)
     W = multiply(products, chunks_of(products, S), torch.empty_like(S))
     Z = multiply(products, stream.chunks(wide), S.new_empty(wide, products.size))
-    # singular values of S'Z below the rounding of products are noise, and their inverses large
+    # singular values of S'Z below the rounding of products are noise, with large inverses
     noise = 10 * wide * torch.finfo(products.dtype).eps
     core = torch.linalg.pinv(row_products(S, Z), rtol=noise)  # (wide, narrow)
     known = float((core * row_products(Z, W)).sum())
@@ -94,12 +94,12 @@ def na_hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float
 
 
 def _quadratic(products: Products, rows: Tensor) -> Tensor:
-    """v'Av (K,) in float64 for rows v (K, P), as many at a time as are multiplied at once."""
+    """v'Av (K,) in float64 for rows v (K, P), in chunks."""
     return torch.cat([products.quadratic(part).double() for part in chunks_of(products, rows)])
 
 
 def check_budget(method: str, num_matvecs: int, least: int) -> None:
-    """Raise ValueError where the budget is too small for a method."""
+    """Raise ValueError if the budget is too small for a method."""
     if num_matvecs < least:
         raise ValueError(f"{method} needs num_matvecs >= {least}; got {num_matvecs}")
 

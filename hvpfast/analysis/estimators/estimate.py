@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _Method = Callable[[Products, Settings], Estimate[Any]]
-# Beside "hutchinson", "exact" and "auto", which every quantity has.
+# Besides "hutchinson", "exact" and "auto", which every quantity has.
 _METHODS: dict[str, dict[str, _Method]] = {
     "trace": {"hutch++": hutch_plus_plus, "na-hutch++": na_hutch_plus_plus, "xtrace": xtrace},
     "frobenius_sq": {"deflated": deflated_frobenius_sq},
@@ -60,21 +60,21 @@ def trace(
     dominant subspace exactly, ``"xtrace"``, which does so with every probe left out in turn: better
     where few eigenvalues dominate, at the price of num_matvecs / 3 to 3/2 num_matvecs vectors in
     memory; ``"exact"``, from per-sample Hessian cores where the operator has them and from P
-    products otherwise; ``"auto"``, exact where that is cheaper than the budget, else hutchinson.
+    products otherwise; ``"auto"``, exact if that is cheaper than the budget, else hutchinson.
 
     Args:
         A: has ``.shape`` and ``@`` on columns (P, K): an operator of this library, of SciPy or of
             others, a matrix of torch or NumPy. A :class:`hvpfast.ModelsOperator` (M, P, P) takes
             ``"hutchinson"`` and gives a :class:`hvpfast.ModelsEstimate`, M in front; then
-            num_matvecs counts the products of each model, and a tolerance is reached by all.
-        num_matvecs: products to spend; with ``rtol``, before the first look at the tolerance. Two
-            more test the symmetry of an operator that does not tell, where the method needs it.
+            num_matvecs counts the products of each model, and all models reach a tolerance.
+        num_matvecs: products to spend; with ``rtol``, before the tolerance is first checked. Two
+            more test the symmetry of an operator not known to be symmetric, if the method needs it.
         method: see above.
         distribution: of the probes: ``"rademacher"`` (entries +-1), ``"normal"`` (or
             ``"gaussian"``), ``"sphere"`` (normal, scaled to length sqrt(P)).
         seed: of the probes, in [0, 2**64); None takes fresh entropy. It is in the result.
-        rtol: stop when |estimate - truth| <= rtol |truth| with probability ``confidence``, all
-            looks taken together; for P numbers in Euclidean norms. Not for xtrace and xdiag.
+        rtol: stop when |estimate - truth| <= rtol |truth| with probability ``confidence``, over all
+            checks together; for P numbers in Euclidean norms. Not for xtrace and xdiag.
         confidence: of the tolerance, in (0, 1).
         max_matvecs: largest number of products, with ``rtol`` (None for 100 num_matvecs) and for
             exact values by identity columns (None for 20,000).
@@ -235,7 +235,7 @@ def _one(A: Any, quantity: str, method: str, settings: Settings) -> Estimate[Any
 
 
 def _agreed(products: Products, settings: Settings) -> Settings:
-    """The settings with one seed for all processes that hold parts of the operator."""
+    """The settings with the same seed in all processes that hold parts of the operator."""
     return dataclasses.replace(settings, seed=products.agreed(settings.seed))
 
 

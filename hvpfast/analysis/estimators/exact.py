@@ -20,7 +20,7 @@ from hvpfast.operators.matvecs import Products, at_least_single
 
 __all__ = ["estimate", "is_cheaper"]
 
-MOST_COLUMNS = 20_000  # identity columns that are multiplied without being asked for by max_matvecs
+MOST_COLUMNS = 20_000  # identity columns that are multiplied where max_matvecs is not given
 _OF_CORES = ("trace", "diagonal", "frobenius_sq")
 
 
@@ -30,7 +30,7 @@ def estimate(
     """Return the exact values of the wanted quantities by name.
 
     Raises:
-        ValueError: there are no cores, or they cost more than P products, and P are not allowed.
+        ValueError: P products are not allowed, and there are no cores or they cost more than that.
     """
     cores, cost, reason = _cores(products, wanted)
     if cores is not None and cost <= products.size:
@@ -59,7 +59,7 @@ def is_cheaper(products: Products, settings: Settings, wanted: Sequence[str]) ->
 
 
 def _cores(products: Products, wanted: Sequence[str]) -> tuple[Any, float, str]:
-    """The operator's per-sample cores and their cost in products, or None, inf and why not."""
+    """The operator's per-sample cores and their cost in products; or None, inf and the reason."""
     if not set(wanted) <= set(_OF_CORES):
         return None, math.inf, "per-sample cores do not give the norms of rows"
     make = getattr(products.operator, "cores", None)
@@ -108,7 +108,16 @@ def _results(
         scalar = name in SCALARS
         value = float(value) if scalar else value.to(products.dtype)
         stderr = 0.0 if scalar else torch.zeros_like(value)
-        count, positive = products.num_matvecs, name in POSITIVE
-        return Estimate(value, stderr, None, count, stop_reason, None, "exact", 0, positive)
+        return Estimate(
+            estimate=value,
+            stderr=stderr,
+            samples=None,
+            num_matvecs=products.num_matvecs,
+            stop_reason=stop_reason,
+            seed=None,
+            method="exact",
+            dof=0,
+            positive=name in POSITIVE,
+        )
 
     return {name: result(name, value) for name, value in values.items()}

@@ -53,15 +53,15 @@ def estimate(
             continue
         mean, stderr = (t.to(products.dtype) for t in tally.moments())
         results[name] = Estimate(
-            mean,
-            stderr,
-            None,
-            products.num_matvecs,
-            reason,
-            settings.seed,
-            "hutchinson",
-            tally.count - 1,
-            name in POSITIVE,
+            estimate=mean,
+            stderr=stderr,
+            samples=None,
+            num_matvecs=products.num_matvecs,
+            stop_reason=reason,
+            seed=settings.seed,
+            method="hutchinson",
+            dof=tally.count - 1,
+            positive=name in POSITIVE,
         )
     return results
 
@@ -71,7 +71,7 @@ def sampled(
 ) -> tuple[dict[str, ScalarTally | EntryTally], str]:
     """Return samples of the wanted quantities by name, and the reason to stop.
 
-    The trace alone takes quadratic forms, which cost half a product where the operator has them.
+    For the trace alone quadratic forms are taken: half the price where the operator has them.
     """
     scalars = {name: ScalarTally(name in POSITIVE) for name in wanted if name in SCALARS}
     entries = {
@@ -105,21 +105,21 @@ def scalar_estimate(
     mean, stderr = tally.moments()
     samples = tally.samples()
     return Estimate(
-        float(mean),
-        float(stderr),
-        samples,
-        products.num_matvecs,
-        reason,
-        settings.seed,
-        method,
-        tally.count - 1,
-        tally.positive,
-        skewness_coefficients(samples, tally.positive),
+        estimate=float(mean),
+        stderr=float(stderr),
+        samples=samples,
+        num_matvecs=products.num_matvecs,
+        stop_reason=reason,
+        seed=settings.seed,
+        method=method,
+        dof=tally.count - 1,
+        positive=tally.positive,
+        skew=skewness_coefficients(samples, tally.positive),
     )
 
 
 def norms_sq(rows: Tensor) -> Tensor:
-    """Squared lengths (K,) of rows (K, P): sums of blocks in their dtype, of all in float64."""
+    """Squared lengths (K,) of rows (K, P): blocks summed in their dtype, the sums in float64."""
     whole = rows.shape[1] // _BLOCK * _BLOCK
     total: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1).double().square()
     if whole:

@@ -1,4 +1,4 @@
-"""XTrace and XDiag: every probe is used in the sketch, and for the rest of the others' sketches.
+"""XTrace and XDiag: every probe is in the sketch, and samples what the sketch of the others leaves.
 
 For probes w_i, Y = A [w_1 ... w_n] and Q_i an orthonormal basis of Y without its column i,
 
@@ -6,16 +6,16 @@ For probes w_i, Y = A [w_1 ... w_n] and Q_i an orthonormal basis of Y without it
     t_i = diag(Q_i Q_i'A) + w_i * (R_i A w_i)                                          (XDiag)
 
 are unbiased given the other probes, and their mean is the estimate. With Y = Q L' and the unit
-vector s_i along L^-1 e_i, Q_i Q_i' = Q (I - s_i s_i') Q': no t_i needs a product of its own.
+vector s_i along L^-1 e_i, Q_i Q_i' = Q (I - s_i s_i') Q': no t_i takes a product of its own.
 
-The t_i are correlated. Let t_i^j be t_i without w_j in its sketch. It does not depend on w_j, so
-that with d = t - (truth) the mean of d_i given all but w_i vanishes, that of d_i^j too, and
+The t_i are correlated. Let t_i^j be t_i without w_j in its sketch: it does not depend on w_j. With
+d = t - (truth), the means of d_i and d_i^j given all probes but w_i vanish, so that
 
     E d_i d_j = E (t_i - t_i^j)(t_j - t_j^i),      Var mean(t) = E [s^2 / n + c]
 
-with the sample variance s^2 of the t_i and the mean c of (t_i - t_i^j)(t_j - t_j^i) over i != j:
-an unbiased estimate of the variance, of which s^2 / n alone is often one half. A noisy c < 0 is
-taken for 0.
+with the sample variance s^2 of the t_i and the mean c of (t_i - t_i^j)(t_j - t_j^i) over i != j.
+This estimate of the variance is unbiased; s^2 / n alone is often half of it. A negative c is noise
+and counts as 0.
 
 References: Epperly, Tropp, Webber (2024), doi:10.1137/23M1548323.
 """
@@ -77,7 +77,7 @@ def _sketch(products: Products, settings: Settings, stream: ProbeStream, method:
         eye = torch.eye(count, dtype=L.dtype, device=L.device)
         S = torch.linalg.solve_triangular(L, eye, upper=False)
         S = S / S.norm(dim=0)
-    else:  # the others' products span all of Y: no direction is lost with any one of them
+    else:  # the products of the others span all of Y: no direction is lost with any one of them
         S = torch.zeros_like(L)
     G = (S.T @ S).fill_diagonal_(0)
     sine_sq = 1 - G.square()
@@ -110,7 +110,7 @@ def xtrace(products: Products, settings: Settings) -> Estimate[float]:
     form = q + 2 * sU * sW + sTs * sW.square()
     length_sq = perp + sW.square()
     t = value(trace, form, length_sq, 1)
-    # at [i, j]: the same with d, the unit vector along s_j - (s_i's_j) s_i, lost as well
+    # at [i, j]: the same without d too, the unit vector along s_j - (s_i's_j) s_i
     dW = ((S.T @ W).T - G * sW[:, None]) * rest
     dU = ((S.T @ U).T - G * sU[:, None]) * rest
     sTS = S.T @ TS
@@ -126,21 +126,21 @@ def xtrace(products: Products, settings: Settings) -> Estimate[float]:
     covariance = float((change * change.T).sum()) / (n * (n - 1))
     spread = float(t.var()) / n
     return Estimate(
-        float(t.mean()),
-        math.sqrt(max(spread, spread + covariance)),
-        t.cpu(),
-        products.num_matvecs,
-        "budget",
-        settings.seed,
-        "xtrace",
-        n - 1,
+        estimate=float(t.mean()),
+        stderr=math.sqrt(max(spread, spread + covariance)),
+        samples=t.cpu(),
+        num_matvecs=products.num_matvecs,
+        stop_reason="budget",
+        seed=settings.seed,
+        method="xtrace",
+        dof=n - 1,
     )
 
 
 def xdiag(products: Products, settings: Settings) -> Estimate[Tensor]:
     """Return diag A (P,) from num_matvecs / 2 probes and as many products with the basis.
 
-    The ratio of the variance to s^2 / n is taken to be the same for all entries, and is estimated
+    The ratio of the variance to s^2 / n is assumed to be the same for all entries, and is estimated
     from the sums of both over some of them.
     """
     if settings.distribution != "rademacher":
@@ -167,14 +167,14 @@ def xdiag(products: Products, settings: Settings) -> Estimate[Tensor]:
     some = float(spread[entries].sum())
     ratio = 1 + _covariance(k, entries) / some if some > 0 else 1.0
     return Estimate(
-        estimate.to(products.dtype),
-        (max(ratio, 1.0) * spread).sqrt().to(products.dtype),
-        None,
-        products.num_matvecs,
-        "budget",
-        settings.seed,
-        "xdiag",
-        n - 1,
+        estimate=estimate.to(products.dtype),
+        stderr=(max(ratio, 1.0) * spread).sqrt().to(products.dtype),
+        samples=None,
+        num_matvecs=products.num_matvecs,
+        stop_reason="budget",
+        seed=settings.seed,
+        method="xdiag",
+        dof=n - 1,
     )
 
 

@@ -1,8 +1,8 @@
 """Hutchinson's estimators for many models at once: each model has its own probes of one seed.
 
-Model m of M has the probes ``m S, m S + 1, ...`` of the seed, with S = ``num_matvecs``, or the
-largest number that a tolerance may cost: the estimates of the models are independent, and model
-m's is that from ``hvpfast.probes(P, n, seed=seed, first=m * S)``.
+Model m of M has the probes ``m S, m S + 1, ...`` of the seed, where S is ``num_matvecs``, or with a
+tolerance the largest number of products. The estimates of the models are thus independent, and that
+of model m is the one from ``hvpfast.probes(P, n, seed=seed, first=m * S)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hvpfast.operators.matvecs import NonFiniteProductError, all_finite
 
 __all__ = ["ModelsEstimate", "estimate"]
 
-_CHUNK_BYTES = 2**26  # of the probes of all models at once: each model needs several to be worth it
+_CHUNK_BYTES = 2**26  # of the probes of all models at once: several probes of each model
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class ModelsEstimate(Estimate[Tensor]):
         estimate: (M,) float64, or (M, P) where there is one number per row of each matrix.
         stderr: standard errors, of its shape.
         samples: (M, n) float64, or None.
-        num_matvecs: products that were spent on each model.
+        num_matvecs: products spent on each model.
         skews: per model, the coefficients that correct intervals for the skewness of samples.
     """
 
@@ -97,15 +97,15 @@ def estimate(
         else:
             mean, stderr = mean.to(operator.dtype), stderr.to(operator.dtype)
         results[name] = ModelsEstimate(
-            mean,
-            stderr,
-            samples,
-            products.num_matvecs,
-            reason,
-            settings.seed,
-            method,
-            tally.count - 1,
-            name in POSITIVE,
+            estimate=mean,
+            stderr=stderr,
+            samples=samples,
+            num_matvecs=products.num_matvecs,
+            stop_reason=reason,
+            seed=settings.seed,
+            method=method,
+            dof=tally.count - 1,
+            positive=name in POSITIVE,
             skews=skews,
         )
     return results

@@ -1,4 +1,4 @@
-"""What an estimate carries: the value, its standard error, and intervals."""
+"""Estimates: values with standard errors and intervals."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Estimate(Generic[Value]):
     Attributes:
         estimate: a float, or one number per row of the operator (P,).
         stderr: standard error of ``estimate``, of its kind and shape; 0 for an exact value, inf
-            where one sample alone leaves it unknown. It speaks of the probes, not of rounding.
-        samples: (n,) float64, whose mean is ``estimate``; None where there are none or where they
-            would be P numbers each.
-        num_matvecs: products with one vector that were spent; a quadratic form v'Av counts as one.
+            (unknown) for a single sample. It measures the randomness of the probes, not rounding.
+        samples: (n,) float64, whose mean is ``estimate``; None if there are none, or if each would
+            be P numbers.
+        num_matvecs: products with one vector; a quadratic form v'Av counts as one.
         stop_reason: ``"budget"``, ``"rtol"`` (the tolerance is reached), ``"max_matvecs"`` (it is
             not), ``"exact: per-sample cores"`` or ``"exact: identity columns"``.
         seed: of the probes; None for an exact value.
-        method: what was used.
+        method: that was used.
         dof: degrees of freedom of ``stderr``.
         positive: the quantity cannot be negative, and intervals are those of its logarithm.
         skew: the coefficients (a, b) of :func:`unskewed`, which corrects intervals for the

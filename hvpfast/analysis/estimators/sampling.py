@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 DISTRIBUTIONS = ("rademacher", "normal", "sphere")
-MIN_SAMPLES = 16  # before the first look at a tolerance: Student's quantile needs near-normal means
-_CHUNK_BYTES = 2**24  # of rows at once: batched products, in memory that malloc uses again
+MIN_SAMPLES = 16  # before a tolerance is checked: Student's quantile needs near-normal means
+_CHUNK_BYTES = 2**24  # of rows at once: batched products, in memory that malloc reuses
 _MOST_ROWS = 256
 
 
@@ -62,7 +62,7 @@ class Settings:
         max_matvecs: int | None,
         progressbar: bool,
     ) -> Settings:
-        """Return the settings for what a user gave."""
+        """Return the settings for the arguments of an estimator."""
         for name, count in (("num_matvecs", num_matvecs), ("max_matvecs", max_matvecs)):
             if count is None and name == "max_matvecs":
                 continue
@@ -139,7 +139,7 @@ class ProbeStream:
 
 
 class Chunks(Protocol):
-    """What gives probes."""
+    """A stream of probes."""
 
     def chunks(self, count: int) -> Iterator[Tensor]:
         """Yield the next ``count`` probes, a chunk at a time."""
@@ -154,17 +154,17 @@ def sample(
 ) -> str:
     """Feed probes to ``visit`` until the budget is spent or all tallies reach the tolerance.
 
-    With ``rtol`` the tallies are looked at after ``num_matvecs`` products and then where the
-    present standard error predicts that the tolerance is reached, with a margin. Looking more than
-    once raises the chance that one interval misses: the allowed error 1 - confidence is therefore
-    shared out, 1/4 to the first look, 1/2 to the second, 1/8, 1/16, ... to the others.
+    With ``rtol`` the tallies are checked after ``num_matvecs`` products, and then whenever the
+    present standard error predicts, with a margin, that the tolerance is reached. Every further
+    check raises the chance that one interval misses the truth. The allowed error 1 - confidence is
+    therefore divided: 1/4 for the first check, 1/2 for the second, 1/8, 1/16, ... for the others.
 
     Args:
-        stream: gives the probes, one per product.
+        stream: the probes, one per product.
         settings: budget and tolerance.
         spent: products of the budget that are spent already.
-        visit: takes a chunk of k probes and adds k samples to every tally.
-        tallies: what must be known well enough.
+        visit: is called with a chunk of k probes and adds k samples to every tally.
+        tallies: the quantities that must reach the tolerance.
 
     Returns:
         The reason to stop.
@@ -194,7 +194,7 @@ def sample(
         if rtol is None:
             return "budget"
         for share, next_share in itertools.pairwise(_shares()):
-            error, needed = _look(tallies, settings, share, next_share)
+            error, needed = _check(tallies, settings, share, next_share)
             if error <= rtol:
                 return "rtol"
             if count >= most:
@@ -213,17 +213,17 @@ def _shares() -> Iterator[float]:
         yield 0.5**power
 
 
-def _look(
+def _check(
     tallies: Sequence[Tally], settings: Settings, share: float, next_share: float
 ) -> tuple[float, int]:
-    """Return the largest relative error now, and how many samples the next look should have."""
+    """Return the largest relative error now, and how many samples the next check should have."""
     rtol = settings.rtol
     assert rtol is not None
     n, alpha = tallies[0].count, 1 - settings.confidence
     error = max(t.relative_error(student_quantile(n - 1, 1 - alpha * share)) for t in tallies)
     later = max(t.relative_error(student_quantile(n - 1, 1 - alpha * next_share)) for t in tallies)
     # A half-width h of an estimate m bounds the error by h / (m - h) of the truth, and falls as
-    # n^(-1/2); 1.1 because it is itself an estimate. Where it is not small, m is hardly known.
+    # n^(-1/2). It is itself an estimate, hence 1.1; where it is large, m is hardly known.
     width = later / (1 + later) if later < math.inf else 1.0
     needed = n * (1.1 * width * (1 + rtol) / rtol) ** 2
     return error, math.ceil(min(needed, settings.most if width < 0.5 else 8 * n))
@@ -237,7 +237,7 @@ def scaled(rows: Tensor, dimension: int) -> Tensor:
 
 
 def rows_at_once(products: Products) -> int:
-    """Return how many rows are multiplied by the operator at once."""
+    """Return how many rows the operator multiplies at once."""
     return chunk_of(products.size * products.dtype.itemsize)
 
 
