@@ -3,8 +3,8 @@
     python3 benchmarks/gpu_check --out DIR
 
 Needs one NVIDIA GPU, torch with CUDA, nvcc, CMake and a C++ compiler; no network. Every step runs
-in a process of its own with a limit of its own; what fails, runs out of time or is dropped for lack
-of it stands in the record. ``--dry-run`` goes the same way on the CPU with tiny cases, to prove the
+in a process of its own with a limit of its own; the record says which failed, ran out of time or
+were dropped for lack of it. ``--dry-run`` runs such steps on the CPU with tiny cases, to test the
 script itself.
 
 Writes into DIR: gpu_check.json (everything), gpu_check.txt (what is printed), gpu_check.log (the
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the check.
 
     Returns:
-        0 when every step succeeded and every bar that was reached for is met, else 1.
+        0 when every step succeeded and every bar is met, else 1.
     """
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     work = ROOT / "build" / "gpu_check"
     if not arguments.list:
-        shutil.rmtree(work, ignore_errors=True)  # records of another run are none of this one
-    steps = plan(ROOT, work, dry=arguments.dry_run)
+        shutil.rmtree(work, ignore_errors=True)  # records of an earlier run
+    steps = plan(work, dry=arguments.dry_run)
     unknown = set(arguments.only) - {step.name for step in steps}
     if unknown:
         parser.error(f"no such step: {', '.join(sorted(unknown))}")

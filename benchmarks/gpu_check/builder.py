@@ -77,7 +77,7 @@ def configure(target: str, work: Path) -> list[str]:
     command += ["-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles"]
     command += [
         "-DCMAKE_BUILD_TYPE=Release",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'hvpfast'}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'hvpfast' / 'backends'}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11_dir(work)}",
         f"-DHVPFAST_CUDA={'on' if target == 'cuda' else 'off'}",

@@ -32,11 +32,11 @@ class Step:
         limit: seconds after which it is killed with all its children.
         env: variables on top of the caller's.
         missing: why it cannot run on this machine, or "".
-        needs: a step without whose success this one makes no sense, or "".
+        needs: the step that must have succeeded before, or "".
         least: it is dropped where fewer seconds are left.
-        reserve: seconds before the end of its time after which it is to begin nothing more, told
-            to it as ``--deadline``; 0: it knows no deadline.
-        read: what to put into the record of it afterwards; runs after failures and time-outs too.
+        reserve: how many seconds before its limit it must begin nothing more, told to it by
+            ``--deadline``; 0: it has no such option.
+        read: returns what its record holds of it; called after failures and time-outs too.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Step:
     reserve: float = 0.0
 
     def words(self, seconds: float) -> list[str]:
-        """The command where it has so many seconds."""
+        """The command, where the step has so many seconds."""
         if not self.reserve:
             return list(self.command)
         return [*self.command, "--deadline", f"{max(1.0, seconds - self.reserve):.0f}"]
@@ -79,7 +79,7 @@ class Check:
         return self.budget - (time.monotonic() - self.started)
 
     def run(self) -> dict[str, Any]:
-        """Run everything; returns the record.
+        """Run all steps; returns the record.
 
         An interrupt ends the running steps, and the record says so.
         """

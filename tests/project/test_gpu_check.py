@@ -154,7 +154,7 @@ def test_one_wrong_form_breaks_the_bar_of_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_plan_is_sound(tmp_path: Path, dry: bool) -> None:
-    plan = table.plan(ROOT, tmp_path, dry=dry)
+    plan = table.plan(tmp_path, dry=dry)
     names = [s.name for s in plan]
     assert len(set(names)) == len(names)
     for s in plan:
@@ -174,7 +174,7 @@ def test_benchmark_commands_are_understood(tmp_path: Path, dry: bool) -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     seen = []
-    for s in table.plan(ROOT, tmp_path, dry=dry):
+    for s in table.plan(tmp_path, dry=dry):
         if s.name.startswith("bench-"):
             arguments = parser.parse_args(s.words(s.limit)[3:])
             assert 10 < arguments.deadline < s.limit
@@ -221,7 +221,7 @@ def test_outcomes_of_a_run_that_was_stopped(tmp_path: Path) -> None:
 def test_pytest_writes_its_outcomes(tmp_path: Path) -> None:
     outcomes = tmp_path / "outcomes.jsonl"
     words = [f"{ROOT}/tests/backends/test_comparators.py", "-k", "rejects_wrong_shape"]
-    command, _ = table._pytest("x", ROOT, tmp_path, "cpu", words, 1)
+    command, _ = table._pytest("x", tmp_path, "cpu", words, 1)
     command[command.index("--outcomes") + 1] = str(outcomes)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
