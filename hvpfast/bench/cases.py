@@ -122,6 +122,11 @@ class Problem:
         per_row = [self.split(row) for row in rows]
         return tuple(np.stack(column) for column in zip(*per_row, strict=True))
 
+    def layout(self, operation: str, stacked: bool) -> tuple[Any, ...]:
+        """Tangents as K trees shaped like the parameters, or as one of stacked arrays."""
+        rows = self.tangents(operation)
+        return self.stack(rows) if stacked else tuple(self.split(row) for row in rows)
+
     def astype(self, dtype: str) -> Problem:
         """The same numbers in another dtype (exact towards float64)."""
 

@@ -49,11 +49,7 @@ class JaxJit:
         if problem.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         device = jax.devices(problem.device)[0]
-        tangents = problem.tangents(operation)
-        if transforms.split_form(form)[1] == "vmap":
-            V: Any = problem.stack(tangents)
-        else:
-            V = tuple(problem.split(row) for row in tangents)
+        V = problem.layout(operation, transforms.split_form(form)[1] == "vmap")
         arguments = jax.device_put((problem.params, problem.x, problem.y, V), device)
         # On the CPU dispatch is synchronous; a GPU's calls are queued and waited for.
         wait = None if problem.device == "cpu" else jax.block_until_ready

@@ -165,16 +165,14 @@ class Functional:
         captured, distribution = form.endswith("captured"), form.split(" ")[1]
         optimizer = torch.optim.Adam([model.flat], fused=True, capturable=captured, **ADAM)
         seeds = iter(range(PROBE_SEED, 2**62))
-        restore = restorer((model.flat,))
+        restore = common.restorer((model.flat,))
         if captured:
             recorded = hf.CapturedStep(
                 spec, model.flat, optimizer, x, y, num_probes=K, distribution=distribution,
                 seed=PROBE_SEED, weights=PENALTY_WEIGHTS, backend=backend,
             )  # fmt: skip
 
-            for _ in range(
-                cuda_graph.WARMUPS + 1
-            ):  # the first are ordinary steps; then it is recorded
+            for _ in range(cuda_graph.WARMUPS + 1):  # ordinary steps, and the one recorded
                 recorded()
             restore()
             for state in optimizer.state[model.flat].values():
@@ -200,18 +198,6 @@ class Functional:
             return (model.flat,)
 
         return Prepared(step, step_outputs, distribution == "normal", restore)
-
-
-def restorer(params: tuple[Tensor, ...]) -> Callable[[], None]:
-    """A function that puts the present values back into the parameters."""
-    start = [p.detach().clone() for p in params]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for p, value in zip(params, start, strict=True):
-            p.copy_(value)
-
-    return restore
 
 
 class Autograd:
@@ -272,7 +258,7 @@ class Autograd:
                 optimizer.step()
                 return params
 
-            return Prepared(step, step_outputs, normal, restorer(params))
+            return Prepared(step, step_outputs, normal, common.restorer(params))
 
         def call() -> Any:
             for p in params:

@@ -36,6 +36,26 @@ def inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     return tensors(problem.params, problem.device), x, y
 
 
+def tangents(problem: Problem, operation: str, stacked: bool) -> Any:
+    """Tangents as a tuple of K trees, or as one tree of stacked tensors (K, *shape)."""
+    found = problem.layout(operation, stacked)
+    if stacked:
+        return tensors(found, problem.device)
+    return tuple(tensors(tree, problem.device) for tree in found)
+
+
+def restorer(params: tuple[Tensor, ...]) -> Callable[[], None]:
+    """A function that puts the present values back into the parameters."""
+    start = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for p, value in zip(params, start, strict=True):
+            p.copy_(value)
+
+    return restore
+
+
 def no_device(device: str) -> str | None:
     """Why torch cannot use the device, or None."""
     if device == "cpu" or torch.cuda.is_available():

@@ -38,7 +38,7 @@ class TorchCompile:
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        # Nothing kept between calls of a compiled function: no warm form.
+        # A compiled function keeps nothing between its calls, so there is no warm form.
         if operation == "hvp_warm":
             return ()
         return transforms.forms("penalty" if operation == "train_step" else operation, num_tangents)

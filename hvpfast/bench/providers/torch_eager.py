@@ -46,11 +46,8 @@ class TorchEager:
         params, x, y = common.inputs(problem)
         params = tuple(p.requires_grad_() for p in params)
         loss = functools.partial(_loss, x=x, y=y, act=common.ACTIVATIONS[problem.case.activation])
-        tangents = problem.tangents(operation)
         batched = form.endswith("batched")
-        V: Any = _trees(problem, tangents)
-        if batched:
-            V = common.tensors(problem.stack(tangents), problem.device)
+        V = common.tangents(problem, operation, batched)
         call = _call(form, operation, params, loss, V, problem.num_tangents, batched)
         if operation == "train_step":
             return train_step(params, call, capturable=problem.device != "cpu")
@@ -61,10 +58,6 @@ def _loss(
     params: Sequence[Tensor], x: Tensor, y: Tensor, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     return common.mlp_loss(params, x, y, act)
-
-
-def _trees(problem: Problem, tangents: Any) -> list[tuple[Tensor, ...]]:
-    return [common.tensors(problem.split(row), problem.device) for row in tangents]
 
 
 def _call(
@@ -191,7 +184,7 @@ def train_step(
 ) -> Prepared:
     """A penalised step: gradient into ``.grad``, then Adam; ``capturable`` counts on the device."""
     optimizer = torch.optim.Adam(params, fused=True, capturable=capturable, **ADAM)
-    start = [p.detach().clone() for p in params]
+    restore_params = common.restorer(params)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -203,8 +196,7 @@ def train_step(
 
     @torch.no_grad()
     def restore() -> None:
-        for p, value in zip(params, start, strict=True):
-            p.copy_(value)
+        restore_params()
         for state in optimizer.state.values():  # all of it starts at zero
             for value in state.values():
                 value.zero_()

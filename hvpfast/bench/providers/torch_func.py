@@ -43,17 +43,10 @@ def evaluate(
     return transforms.penalty(T, f, form, params, V, PENALTY_WEIGHTS, num_tangents)
 
 
-def layout(problem: Problem, form: str, operation: str) -> Any:
-    """Tangents as the form wants them: a tuple of K trees, or a tree of stacked tensors."""
-    tangents = problem.tangents(operation)
-    if transforms.split_form(form)[1] == "vmap":
-        return common.tensors(problem.stack(tangents), problem.device)
-    return tuple(common.tensors(problem.split(row), problem.device) for row in tangents)
-
-
 def arguments_of(problem: Problem, form: str, operation: str) -> tuple[Any, ...]:
     """params, x, y and the tangents in the form's layout."""
-    return (*common.inputs(problem), layout(problem, form, operation))
+    stacked = transforms.split_form(form)[1] == "vmap"
+    return (*common.inputs(problem), common.tangents(problem, operation, stacked))
 
 
 def options_of(problem: Problem, form: str, operation: str) -> dict[str, Any]:

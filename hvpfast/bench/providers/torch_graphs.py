@@ -1,7 +1,8 @@
-"""torch's own forms, recorded as CUDA graphs: what a reader gets who removes the launches."""
+"""torch's own forms, recorded as CUDA graphs: their times without the cost of launches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,17 @@ class TorchGraphs:
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         name, _, inner = form.partition(": ")
         prepared = _RECORDED[name].prepare(inner, operation, problem)
-        device = torch.device(problem.device)
-        with cuda_graph.side_stream(device):
-            for _ in range(cuda_graph.WARMUPS):
-                prepared.call()
-        recorded: cuda_graph.Recording[Any] = cuda_graph.Recording(device, form, prepared.call)
+        replay = recorded(problem.device, form, prepared.call)
         if prepared.restore is not None:
             prepared.restore()  # the calls ahead of the recording were training steps
-        return Prepared(recorded.replay, prepared.outputs, restore=prepared.restore)
+        return Prepared(replay, prepared.outputs, restore=prepared.restore)
+
+
+def recorded(device: str, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Record a call as a CUDA graph, after a few that are not recorded; returns its replay."""
+    where = torch.device(device)
+    with cuda_graph.side_stream(where):
+        for _ in range(cuda_graph.WARMUPS):
+            call()
+    recording: cuda_graph.Recording[Any] = cuda_graph.Recording(where, name, call)
+    return recording.replay
