@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hvpfast.bench import record
-from hvpfast.lab.environment import PACKAGES, version
+from hvpfast.lab import environment
 
 TOOLS = {
     "nvcc": ["nvcc", "--version"],
@@ -34,11 +33,12 @@ def told(command: list[str]) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """The record of a benchmark's environment, and the versions of the tools."""
+    """What times depend on, as in the record of a benchmark, and the versions of the tools."""
+    packages = (*environment.PACKAGES, "pybind11", "pytest")
     return {
-        **record.environment(),
+        **environment.timing_conditions(),
         "tools": {name: told(command) for name, command in TOOLS.items()},
-        "versions": {name: version(name) for name in (*PACKAGES, "pybind11", "pytest")},
+        "versions": {name: environment.version(name) for name in packages},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from hvpfast.bench import record, report, suites
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=default.budget, metavar="SECONDS", help=BUDGET_HELP)
     add("--memory", action="store_true", help="also peak memory, one process per form")
     add("--quick", action="store_true", help="tiny cases in seconds: does everything work?")
-    add("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
+    record.add_out(parser, figure=True)
     add("--resume", action="store_true", help="go on with the record in the folder of --out")
     add("--show", type=Path, metavar="FILE", help="print and draw an existing bench.json")
     parser.set_defaults(run_suite=None)
@@ -69,24 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show is not None:
         result = record.read_json(arguments.show)
     else:
-        result = run_bench(
-            Settings(
-                cases=tuple(arguments.cases),
-                operations=tuple(arguments.operations),
-                providers=tuple(arguments.providers),
-                rounds=arguments.rounds,
-                threads=arguments.threads,
-                dtype=arguments.dtype,
-                memory=arguments.memory,
-                quick=arguments.quick,
-                budget=arguments.budget,
-                out=arguments.out,
-                resume=arguments.resume,
-                device=arguments.device,
-                forms=tuple(arguments.forms),
-                deadline=arguments.deadline,
-            )
-        )
+        given = {field.name: getattr(arguments, field.name) for field in fields(Settings)}
+        lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        result = run_bench(Settings(**given | lists))
     text = report.render(result)
     print(text)
     if arguments.out is not None:
@@ -97,8 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"no figure: {error}", file=sys.stderr)
     if result["interrupted"]:
         return 130
-    broken = ("wrong", "failed")
-    return int(any(row["kind"] == "ours" and row["status"] in broken for row in result["rows"]))
+    return int(record.broken(row for row in result["rows"] if row["kind"] == "ours"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

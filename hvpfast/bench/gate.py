@@ -4,9 +4,8 @@
     same in the 2-norm
 
 The truth is torch.autograd, reverse over reverse, in float64; torch in the dtype of the run is the
-same code.  Drawn
-probes cannot be compared number by number: there the mean over repeated calls must agree within
-its standard error.
+same code. Probes that a form draws itself cannot be compared number by number: there the means over
+repeated calls must agree within their standard errors.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def adam_step(params: Array, gradient: Array) -> Array:
 
 
 class Gate:
-    """Judges the forms of one problem and operation; truths are computed once, when needed."""
+    """Judges the forms of one problem and operation; truths are computed when first needed."""
 
     def __init__(self, problem: Problem, operation: str) -> None:
         self.problem, self.operation = problem, operation

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hvpfast.bench.record import gpu
+from hvpfast.lab.environment import gpu_with_clocks
 from hvpfast.lab.measure import timing
 
 COPY_BYTES = 2**31  # far beyond any L2
@@ -23,7 +23,7 @@ def nominal(device: dict[str, Any], dtype: str) -> tuple[float | None, str]:
     """Peak GFLOP/s outside the matrix units at the highest clock, and how it was found.
 
     Args:
-        device: the record of :func:`hvpfast.bench.record.gpu`.
+        device: the record of :func:`hvpfast.lab.environment.gpu_with_clocks`.
         dtype: "float32" or "float64".
     """
     lanes = _LANES[dtype].get(device["capability"])
@@ -43,7 +43,7 @@ def measure(dtype: str) -> dict[str, Any]:
     Raises:
         RuntimeError: torch sees no GPU.
     """
-    device = gpu()
+    device = gpu_with_clocks()
     if device is None:
         raise RuntimeError("torch sees no GPU")
     rate, source = nominal(device, dtype)

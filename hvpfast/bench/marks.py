@@ -1,4 +1,4 @@
-"""The speeds the project promises, as data, and how a run's rows are held against them."""
+"""The speeds that the project promises, as data, and how a run's rows compare with them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Mark:
-    """``wanted`` is a ratio.
+    """A promised ratio, ``wanted``; ``against`` says of what.
 
-    Against ``compiled``, ``eager``, ``peer`` (all kinds of peers) or ``torch-compile`` (that
-    provider): the fastest such row's time over ours, at least.  Against ``plain`` (an unpenalised
-    step), ``gradient`` (torch's eager gradient of the case) or ``floor`` (minimal operations at the
-    FMA peak): our time over it, at most.  Against ``peak``: the share of the FMA peak by minimal
-    operation counts, at least.
+    - ``compiled``, ``eager``, ``peer`` (all kinds of peers), ``torch-compile`` (that provider): the
+      fastest such row's time over ours, at least;
+    - ``plain`` (an unpenalised step), ``gradient`` (torch's eager gradient of the case), ``floor``
+      (minimal operations at the FMA peak): our time over it, at most;
+    - ``peak``: our share of the FMA peak by minimal operation counts, at least.
     """
 
     case: str
@@ -59,8 +59,7 @@ _PEERS = {
     "eager": ("eager",),
     "peer": ("compiled", "eager", "graphed"),
 }
-# The forms that a mark is about: the functional form with the peers' own probes; with normal
-# probes the library draws them; a training step as it is written with autograd.
+# Providers that marks are about. Probes are those of the peers; normal ones the library draws.
 FUNCTIONAL, AUTOGRAD = "ours-cpu", "ours-autograd"
 ON_GPU = ("ours-cuda", "ours-triton")
 ENGINES = (FUNCTIONAL, *ON_GPU)
@@ -71,8 +70,8 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
     return min(timed, key=lambda row: float(row["median_s"])) if timed else None
 
 
-def _counts(row: Row, provider: str, operation: str) -> bool:
-    """Whether a row may stand for a mark: drawn probes only where the mark is about them."""
+def _eligible(row: Row, provider: str, operation: str) -> bool:
+    """Whether a row of ours is what a mark is about: drawn probes only where it names them."""
     if row["provider"] != provider:
         return False
     if provider in ON_GPU:  # a recorded step is what its mark is about; other marks are not
@@ -89,10 +88,10 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
         rows: of a record.
 
     Returns:
-        One dict per mark and per way of ours it is read for (functional form; autograd form beside
-        it where it exists): ``case, num_tangents, operation, against, wanted, provider, form,
-        rival, reached, met``; ``reached`` and ``met`` are None, with a ``reason``, when a row is
-        missing.
+        One dict per mark and provider of ours (the functional one, and the one by autograd where it
+        has the operation): ``case, num_tangents, operation, against, wanted, provider, form, rival,
+        reached, met``; where a row is missing ``reached`` and ``met`` are None, and ``reason`` says
+        why.
     """
     rows = list(rows)
     found = []
@@ -109,7 +108,7 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
         both = mark.operation in ("penalty", "penalty_normal", "train_step")
         ways = (FUNCTIONAL, AUTOGRAD) if both else (FUNCTIONAL,)
         for provider in ON_GPU if mark.device == "cuda" else ways:
-            ours = _fastest(row for row in cell if _counts(row, provider, mark.operation))
+            ours = _fastest(row for row in cell if _eligible(row, provider, mark.operation))
             rivals = _gradients(mark, rows) if mark.against == "gradient" else cell
             found.append(_reached(mark, provider, ours, rivals))
     return found

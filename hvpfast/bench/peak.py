@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hvpfast.bench import gpu_peak
+
 COPY_BYTES = 256 * 2**20  # far beyond any last-level cache
 
 
@@ -43,6 +45,13 @@ def copy_gbytes(repeats: int = 5) -> float:
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
     return 2 * COPY_BYTES / best / 1e9
+
+
+def limits(device: str, threads: int, dtype: str, *, quick: bool) -> dict[str, Any]:
+    """The limits of the device that a run is on, as a record; ``quick`` measures for less time."""
+    if device != "cpu":
+        return gpu_peak.measure(dtype)
+    return measure(threads, dtype, 0.02 if quick else 0.2)
 
 
 def measure(threads: int, dtype: str, seconds: float = 0.2) -> dict[str, Any]:

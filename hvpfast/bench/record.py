@@ -1,110 +1,35 @@
-"""Records: what ran where, written whole or not at all."""
+"""Records of benchmarks: how they begin, what rows say of failures, and their files."""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping
-from datetime import datetime, timezone
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import hvpfast
-from hvpfast.lab.environment import source, usable_cores, version
+from hvpfast.lab.environment import timing_conditions
 from hvpfast.utils.files import write_whole
 
-PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib", "scipy-openblas32")
-VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "XLA_FLAGS",
-    "JAX_PLATFORMS",
-    "TORCHINDUCTOR_CPP_WRAPPER",
-)
-# The flags that decide which kernels can run; the rest of /proc/cpuinfo's list says nothing here.
-INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_bf16",
-                    "avx512_vnni", "amx_tile", "asimd", "sve")  # fmt: skip
+BROKEN = ("wrong", "failed")  # the status of a row whose form is not as it should be
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the versions and the settings that times depend on, ready for JSON."""
-    model, flags = _processor()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "kernel": platform.release(),
-        "cpu_model": model,
-        "cpu_flags": flags,
-        "cpu_count": os.cpu_count(),
-        "cpu_affinity": usable_cores(),
-        "memory_bytes": _memory(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "variables": {name: os.environ.get(name) for name in VARIABLES},
-        "torch_threads": torch.get_num_threads(),
-        "torch_interop_threads": torch.get_num_interop_threads(),
-        "torch_config": torch.__config__.show(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "gpu": gpu(),
-        "backends": hvpfast.available(),
-        "commit": source(),
-    }
+def add_out(parser: argparse.ArgumentParser, *, figure: bool = False) -> None:
+    """Add the option ``--out``, the folder of the record."""
+    files = "bench.json, bench.txt and bench.png" if figure else "bench.json and bench.txt"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {files}")
 
 
-def gpu() -> dict[str, Any] | None:
-    """The first GPU as torch and the driver describe it, or None."""
-    if not torch.cuda.is_available():
-        return None
-    facts = torch.cuda.get_device_properties(0)
-    fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-        told = dict(zip(fields, done.stdout.strip().split(", "), strict=True))
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        told = {"nvidia-smi": str(error)[:200]}
-    return {
-        "name": facts.name,
-        "capability": f"{facts.major}.{facts.minor}",
-        "multiprocessors": facts.multi_processor_count,
-        "memory_bytes": facts.total_memory,
-        "l2_bytes": facts.L2_cache_size,
-        "cuda": torch.version.cuda,
-        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
-        **told,
-    }
+def head(suite: str) -> dict[str, Any]:
+    """The first entries of a suite's record."""
+    return {"suite": suite, "command": command_line(), "environment": timing_conditions()}
 
 
-def _processor() -> tuple[str, list[str]]:
-    model, flags = platform.processor(), list[str]()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            if key.strip() in ("flags", "Features"):
-                flags = [f for f in value.split() if f in INSTRUCTION_SETS]
-                break
-    return model or "unknown", flags
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+def broken(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a form failed or was wrong."""
+    return any(row["status"] in BROKEN for row in rows)
 
 
 def failure(error: Exception) -> dict[str, Any]:
@@ -124,9 +49,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def keep(folder: Path, content: Any, text: str) -> None:
-    """A record as bench.json, and as the table that was printed, bench.txt."""
+    """Write a record as bench.json, and its tables as bench.txt."""
     write_json(folder / "bench.json", content)
     write_whole(folder / "bench.txt", text + "\n")
+
+
+def publish(content: Any, text: str, folder: Path | None) -> None:
+    """Print the tables, and :func:`keep` the record where a folder is given."""
+    print(text)
+    if folder is not None:
+        keep(folder, content, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_same(path: Path, what: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError where a stored part of a record and the present one differ but in date."""
+    """Raise ValueError where a part of the record at ``path`` is not as now, its date aside."""
     for name in sorted({*stored, *now} - {"date"}):
         if stored.get(name) != now.get(name):
             raise ValueError(

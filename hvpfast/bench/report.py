@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hvpfast.bench import tables
 from hvpfast.bench.marks import AT_MOST, ENGINES, judge, judge_memory
+from hvpfast.bench.record import BROKEN
+from hvpfast.bench.tables import duration, number
 
 Row = Mapping[str, Any]
 Cell = tuple[str, int, str]
@@ -15,37 +18,12 @@ COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "graphe
            "plain": "#8c8c8c", "loop": "#c44e52"}  # fmt: skip
 
 
-def duration(seconds: float | None) -> str:
-    """Three digits with a unit: ``"138 us"``."""
-    if seconds is None:
-        return "-"
-    for factor, unit in ((1e6, "us"), (1e3, "ms")):
-        if seconds * factor < 1000:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
-
-
 def cells_of(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
     """Rows by (case, K, operation), in order of appearance."""
     found: dict[Cell, list[Row]] = {}
     for row in rows:
         found.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
     return found
-
-
-def table(lines: Sequence[tuple[str, ...]]) -> str:
-    """Lines in aligned columns; the first line is the header, the first two columns are text."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def align(line: tuple[str, ...]) -> str:
-        words = [
-            word.ljust(width) if i < 2 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "  ".join(words).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([align(lines[0]), rule, *(align(line) for line in lines[1:])])
 
 
 def _gradients(rows: Iterable[Row]) -> dict[str, float]:
@@ -57,80 +35,104 @@ def _gradients(rows: Iterable[Row]) -> dict[str, float]:
     }
 
 
+def form_and_status(row: Row) -> str:
+    """The form's name, and what became of it unless it was timed."""
+    return str(row["form"]) + ("" if row["status"] == "timed" else f" ({row['status']})")
+
+
+# Who was timed, and how fast: the first columns of every table of forms.
+TIMES: tables.Columns = (
+    ("provider", "provider"),
+    ("form", form_and_status),
+    ("median", lambda row: duration(row["median_s"])),
+    ("q1", lambda row: duration(row["q1_s"])),
+    ("q3", lambda row: duration(row["q3_s"])),
+    ("GFLOP/s", lambda row: number(row["gflops"], ".3g")),
+    ("peak", lambda row: number(row["peak_fraction"], ".0%")),
+)
+
+
+def fastest_first(rows: Iterable[Row]) -> list[Row]:
+    """Rows by their time, those without one last."""
+    return sorted(rows, key=lambda row: row["median_s"] or float("inf"))
+
+
 def cell_table(rows: list[Row], gradient: float | None) -> str:
-    """One cell, fastest first."""
+    """One cell, fastest first.
+
+    Args:
+        rows: of the cell.
+        gradient: seconds of torch's gradient of the case, if it was timed.
+    """
     ours = [r["median_s"] for r in rows if r["provider"] in ENGINES and r["status"] == "timed"]
     best = min(ours, default=None)
-    lines = [("provider", "form", "median", "q1", "q3", "GFLOP/s", "peak", "gradients", "x ours",
-              "memory")]  # fmt: skip
-    for row in sorted(rows, key=lambda r: r["median_s"] or float("inf")):
-        seconds = row["median_s"]
-        lines.append(
-            (
-                row["provider"],
-                row["form"] + ("" if row["status"] == "timed" else f" ({row['status']})"),
-                duration(seconds),
-                duration(row["q1_s"]),
-                duration(row["q3_s"]),
-                "-" if row["gflops"] is None else f"{row['gflops']:.3g}",
-                "-" if row["peak_fraction"] is None else f"{row['peak_fraction']:.0%}",
-                "-" if not (seconds and gradient) else f"{seconds / gradient:.2f}",
-                "-" if not (seconds and best) else f"{seconds / best:.2f}",
-                _memory(row),
-            )
-        )
-    return table(lines)
+
+    def times(unit: float | None) -> tables.Show:
+        return lambda row: f"{row['median_s'] / unit:.2f}" if row["median_s"] and unit else "-"
+
+    columns = (
+        *TIMES,
+        ("gradients", times(gradient)),
+        ("x ours", times(best)),
+        ("memory", _memory),
+    )
+    return tables.fitted(columns, fastest_first(rows))
 
 
 def _memory(row: Row) -> str:
     found = row["memory"]
-    return f"{found['first'] / 2**20:.3g} MiB" if found and "first" in found else "-"
+    return _mebibytes(found["first"]) if found and "first" in found else "-"
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.3g} MiB"
 
 
 def marks_table(rows: Iterable[Row]) -> str:
     """The marks whose cells were run."""
     found = judge(rows)
-    if not found:
-        return "no mark is about the cells of this run"
-    lines = [("case", "operation", "K", "against", "wanted", "reached", "met", "ours", "rival")]
-    for mark in found:
-        least = "<=" if mark["against"] in AT_MOST else ">="
-        reached = mark["reached"]
-        lines.append(
-            (
-                mark["case"],
-                mark["operation"],
-                str(mark["num_tangents"]),
-                mark["against"],
-                f"{least} {mark['wanted']:g}",
-                "-" if reached is None else f"{reached:.2f}",
-                mark["reason"] if reached is None else ("yes" if mark["met"] else "NO"),
-                f"{mark['provider']}: {mark['form'] or '-'}",
-                mark["rival"] or "-",
-            )
-        )
-    return table(lines)
+    return tables.fitted(MARKS, found) if found else "no mark is about the cells of this run"
+
+
+def _wanted(mark: Row) -> str:
+    return f"{'<=' if mark['against'] in AT_MOST else '>='} {mark['wanted']:g}"
+
+
+def _met(mark: Row) -> str:
+    return str(mark["reason"]) if mark["reached"] is None else _yes(mark)
+
+
+def _yes(row: Row) -> str:
+    return "yes" if row["met"] else "NO"
+
+
+MARKS: tables.Columns = (
+    ("case", "case"),
+    ("operation", "operation"),
+    ("K", "num_tangents"),
+    ("against", "against"),
+    ("wanted", _wanted),
+    ("reached", lambda mark: number(mark["reached"], ".2f")),
+    ("met", _met),
+    ("ours", lambda mark: f"{mark['provider']}: {mark['form'] or '-'}"),
+    ("rival", lambda mark: mark["rival"] or "-"),
+)
+MEMORY: tables.Columns = (
+    ("case", "case"),
+    ("operation", "operation"),
+    ("K", "num_tangents"),
+    ("ours", lambda cell: _mebibytes(cell["ours"])),
+    ("torch-eager", lambda cell: _mebibytes(cell["rival"])),
+    ("met", _yes),
+    ("form", "form"),
+    ("form of torch-eager", "rival_form"),
+)
 
 
 def memory_table(rows: Iterable[Row]) -> str:
     """Peak memory of ours against torch's reverse mode, where it was measured; else empty."""
-    lines = [
-        ("case", "operation", "K", "ours", "torch-eager", "met", "form", "form of torch-eager")
-    ]
-    for cell in judge_memory(rows):
-        lines.append(
-            (
-                cell["case"],
-                cell["operation"],
-                str(cell["num_tangents"]),
-                f"{cell['ours'] / 2**20:.3g} MiB",
-                f"{cell['rival'] / 2**20:.3g} MiB",
-                "yes" if cell["met"] else "NO",
-                cell["form"],
-                cell["rival_form"],
-            )
-        )
-    return table(lines) if len(lines) > 1 else ""
+    cells = judge_memory(rows)
+    return tables.fitted(MEMORY, cells) if cells else ""
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -161,7 +163,7 @@ def render(result: Mapping[str, Any]) -> str:
         parts += [
             f"  {r['status']}: {r['provider']}: {r['form']}: {r['reason']}"
             for r in cell
-            if r["status"] in ("wrong", "failed")
+            if r["status"] in BROKEN
         ]
     parts.append("\nMarks (ratios of medians of this run)\n" + marks_table(rows))
     if memories := memory_table(rows):

@@ -7,15 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvpfast.bench.cases import (
-    CASES,
-    DEVICES,
-    DTYPES,
-    KNOWN_CASES,
-    OPERATIONS,
-    QUICK_CASES,
-    Case,
-)
+from hvpfast.bench.cases import CASES, DEVICES, DTYPES, KNOWN_CASES, OPERATIONS, QUICK_CASES, Case
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.lab.environment import usable_cores
 
@@ -37,7 +29,7 @@ class Settings:
         memory: also measure peak memory, one process per form.
         quick: the tiny cases, few rounds, no torch.compile: a check that everything works.
         out: folder for record and figure, or None.
-        resume: go on with the record in ``out``, where there is one, after its last whole cell.
+        resume: continue the record in ``out``, where there is one, after its last whole cell.
         device: "cpu" or "cuda".
         forms: patterns as of file names for "provider: form"; empty means all. What they leave out
             has a row that says so.

@@ -1,4 +1,4 @@
-"""What this installation can do: backends with reasons, kernels, threads, GPU, versions."""
+"""What this machine and this installation are: processor, memory, GPU, versions, kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,23 @@ from hvpfast import backends
 from hvpfast.backends.cuda import many as cuda_models
 
 SOURCES = ("hvpfast", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml")  # in a checkout
-PACKAGES = (
-    "hvpfast",
-    "torch",
-    "triton",
-    "numpy",
-    "scipy",
-    "optuna",
-    "mnist1d",
-    "scikit-learn",
-    "matplotlib",
-    "jax",
-)
+PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "optuna", "mnist1d", "scikit-learn",
+            "matplotlib", "jax")  # fmt: skip
+TIMED_PACKAGES = ("hvpfast", "torch", "triton", "numpy", "scipy", "jax", "jaxlib",
+                  "scipy-openblas32")  # fmt: skip
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY",
+             "XLA_FLAGS", "JAX_PLATFORMS", "TORCHINDUCTOR_CPP_WRAPPER")  # fmt: skip
+# The flags that decide which kernels can run; the rest of /proc/cpuinfo's list says nothing here.
+INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512vl", "avx512_bf16",
+                    "avx512_vnni", "amx_tile", "asimd", "sve")  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
-    """Return the facts, nested and ready for JSON; None for what cannot be found out."""
+    """Return what ``hvpfast info`` and the studies' records tell, nested and ready for JSON.
+
+    None stands for what cannot be found out.
+    """
+    memory = memory_bytes()
     return {
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},
@@ -44,11 +46,39 @@ def collect() -> dict[str, Any]:
             "architecture": platform.machine(),
             "processor": processor(),
             "cores": usable_cores(),
-            "memory GiB": memory_gib(),
+            "memory GiB": None if memory is None else round(memory / 2**30, 1),
         },
         "threads": torch.get_num_threads(),
-        "gpu": gpu(),
+        "gpu": gpus(),
     }
+
+
+def timing_conditions() -> dict[str, Any]:
+    """Return what times depend on, as benchmarks record it: flat and ready for JSON."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "cpu_model": processor() or "unknown",
+        "cpu_flags": instruction_sets(),
+        "cpu_count": os.cpu_count(),
+        "cpu_affinity": usable_cores(),
+        "memory_bytes": memory_bytes(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in TIMED_PACKAGES},
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
+        "torch_threads": torch.get_num_threads(),
+        "torch_interop_threads": torch.get_num_interop_threads(),
+        "torch_config": torch.__config__.show(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "gpu": gpu_with_clocks(),
+        "backends": backends.available(),
+        "commit": source(),
+    }
+
+
+# ---- the program ----
 
 
 def version(package: str) -> str | None:
@@ -113,14 +143,28 @@ def cuda_kernels() -> dict[str, Any]:
     }
 
 
+# ---- the machine ----
+
+
 def processor() -> str | None:
     """Return the name of the processor."""
+    return _cpuinfo("model name") or platform.processor() or None
+
+
+def instruction_sets() -> list[str]:
+    """Return those of ``INSTRUCTION_SETS`` that the processor has; none where it does not say."""
+    flags = _cpuinfo("flags", "Features")  # x86, ARM
+    return [flag for flag in flags.split() if flag in INSTRUCTION_SETS]
+
+
+def _cpuinfo(*names: str) -> str:
+    """Return the first entry of /proc/cpuinfo under one of the names; "" where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or None
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or None
+        return ""
+    entries = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in entries if name.strip() in names), "")
 
 
 def usable_cores() -> int:
@@ -130,15 +174,15 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory_gib() -> float | None:
-    """Return the machine's memory in GiB."""
+def memory_bytes() -> int | None:
+    """Return the size of the machine's memory."""
     try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
 
 
-def gpu() -> list[dict[str, Any]]:
+def gpus() -> list[dict[str, Any]]:
     """Return the CUDA devices that torch sees."""
     if not torch.cuda.is_available():
         return []
@@ -153,6 +197,32 @@ def gpu() -> list[dict[str, Any]]:
     ]
 
 
+def gpu_with_clocks() -> dict[str, Any] | None:
+    """Return the first GPU as torch and its driver describe it, clocks and power included."""
+    if not torch.cuda.is_available():
+        return None
+    facts = torch.cuda.get_device_properties(0)
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+        told = dict(zip(fields, done.stdout.strip().split(", "), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        told = {"nvidia-smi": str(error)[:200]}
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_bytes": facts.total_memory,
+        "l2_bytes": facts.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        **told,
+    }
+
+
 def text(facts: dict[str, Any]) -> str:
     """Return the facts of `collect` as aligned lines."""
     lines: list[tuple[str, str]] = [("hvpfast", str(facts["versions"]["hvpfast"]))]
@@ -164,12 +234,8 @@ def text(facts: dict[str, Any]) -> str:
             (f"backend {name}", "available" if reason is None else f"not available: {reason}")
         )
     for name, value in facts["cpu kernels"].items():
-        lines.append(
-            (
-                f"kernels: {name}",
-                ", ".join(map(str, value)) if isinstance(value, list) else str(value),
-            )
-        )
+        words = map(str, value) if isinstance(value, list) else [str(value)]
+        lines.append((f"kernels: {name}", ", ".join(words)))
     lines += [(f"CUDA kernels: {name}", value) for name, value in facts["cuda kernels"].items()]
     lines += [(name, str(value)) for name, value in facts["machine"].items() if value is not None]
     lines.append(("threads", f"{facts['threads']} (torch's number, which the kernels follow)"))

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from hvpfast.backends import BACKENDS
-from hvpfast.bench import gate, marks, record, report, runner
+from hvpfast.bench import gate, marks, record, report, runner, tables
 from hvpfast.bench.cases import CASES, KINK_MARGIN, QUICK_CASES, build, smallest_z
 from hvpfast.bench.counts import minimal, minimal_bytes, schedules
 from hvpfast.bench.providers import PROVIDERS, Prepared
 from hvpfast.bench.providers.torch_eager import TorchEager
+from hvpfast.lab.environment import timing_conditions
 from hvpfast.lab.measure import timing
 
 # Forward mode in torch compiles its decompositions with torch.jit.script.
@@ -283,7 +284,7 @@ def test_quartiles() -> None:
 
 
 def test_environment_is_complete() -> None:
-    found = record.environment()
+    found = timing_conditions()
     assert json.loads(json.dumps(found)) == found
     for key in ("date", "cpu_model", "cpu_affinity", "python", "torch_config", "torch_threads"):
         assert found[key], key
@@ -301,7 +302,7 @@ def test_records_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(handle: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(record.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
         record.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -384,4 +385,4 @@ def test_memory_is_held_against_the_leanest_form_of_torch() -> None:
     ("seconds", "text"), [(1.5e-6, "1.5 us"), (0.1234, "123 ms"), (2.0, "2 s"), (None, "-")]
 )
 def test_durations(seconds: float | None, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert tables.duration(seconds) == text

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvpfast.bench.suites import exact
+from hvpfast.bench.suites.exact import suite as exact
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -1,4 +1,4 @@
-"""Further suites of ``hvpfast bench``: a module here, named as on the command line, is one.
+"""Further suites of ``hvpfast bench``: every module here is one, by its name.
 
 Each gives ``DESCRIPTION``, ``add_arguments(parser)`` and ``run(arguments) -> exit status``.
 """

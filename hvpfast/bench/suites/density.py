@@ -2,9 +2,9 @@
 
 A 40-32-32-10 net (2,698 parameters) is trained on MNIST-1D. Its dense Hessian, by products with the
 identity in float64, gives the exact spectrum; the distance of a density to it is Wasserstein-1,
-relative to the largest |eigenvalue|. It has two parts: the steps, which resolve what a probe sees,
-and the probes, which see a sample of the spectrum. The second is what is left after all steps; it
-is computed from the exact eigenvectors and drawn as a dashed line.
+relative to the largest |eigenvalue|. It has two parts: few steps resolve too little of what a probe
+sees, and few probes see too small a sample of the spectrum. The second part is what is left after
+all steps; it is computed from the exact eigenvectors and drawn as a dashed line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 import hvpfast as hf
 from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density, wasserstein
 from hvpfast.backends.probes.draw import probes
-from hvpfast.bench import record, report
+from hvpfast.bench import record, tables
 from hvpfast.utils import plotting
 
 DESCRIPTION = "Distance of the spectral density to the exact spectrum, by steps and probes."
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, default=30, help="of the training (default: %(default)s)")
     add("--samples", type=int, default=5000, help="of MNIST-1D: 2000, 5000 or 10000")
     add("--quick", action="store_true", help="seconds: does everything work?")
-    add("--out", type=Path, metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
+    record.add_out(parser, figure=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append(cell(H, exact, scale, num_steps, count, seeds, left))
             print(line(rows[-1]), flush=True)
     result: dict[str, Any] = {
-        "suite": "density",
-        "command": record.command_line(),
-        "environment": record.environment(),
+        **record.head("density"),
         "net": "-".join(map(str, SIZES)),
         "samples": len(data[0]),
         "loss": float(H.loss),
@@ -79,10 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         "status": "checked" if error < 1e-4 else "wrong",
         "rows": rows,
     }
-    text = render(result)
-    print(text)
+    record.publish(result, render(result), arguments.out)
     if arguments.out is not None:
-        record.keep(arguments.out, result, text)
         shown = spectral_density(H, min(SHOWN[0], max(steps)), min(SHOWN[1], max(counts)), seed=0)
         draw(result, shown, exact, arguments.out / "bench.png")
     return int(result["status"] == "wrong")
@@ -121,7 +117,7 @@ def moment_error(H: hf.HessianOperator) -> float:
 
 
 def floor(exact: Tensor, vectors: Tensor, count: int, seed: int) -> float:
-    """Distance that is left after all steps: that of the probes' own measures, (u_i'v)^2."""
+    """The distance left after all steps: that of the probes' own masses, (u_i'v)^2."""
     v = probes(len(exact), count, seed=seed, dtype=torch.float64)
     masses = (vectors.T @ v).square().mean(1) / len(exact)
     return wasserstein(exact, masses, exact, None)
@@ -175,23 +171,23 @@ def render(result: dict[str, Any]) -> str:
         "distance: Wasserstein-1 to the exact spectrum over the largest |eigenvalue|, median "
         "over seeds\n"
     )
-    lines: list[tuple[str, ...]] = [
-        ("steps", "probes", "products", "distance", "after all steps", "trace", "time")
-    ]
-    for row in result["rows"]:
-        spread = "" if row["trace_stderr"] is None else f" ± {row['trace_stderr']:.2g}"
-        lines.append(
-            (
-                str(row["num_steps"]),
-                str(row["num_probes"]),
-                str(row["num_matvecs"]),
-                f"{row['distance']:.3g}",
-                f"{row['floor']:.2g}",
-                f"{row['trace']:.4g}{spread}",
-                report.duration(row["seconds"]),
-            )
-        )
-    return head + report.table(lines)
+    return head + tables.fitted(COLUMNS, result["rows"])
+
+
+def _trace(row: tables.Row) -> str:
+    spread = "" if row["trace_stderr"] is None else f" ± {row['trace_stderr']:.2g}"
+    return f"{row['trace']:.4g}{spread}"
+
+
+COLUMNS: tables.Columns = (
+    ("steps", "num_steps"),
+    ("probes", "num_probes"),
+    ("products", "num_matvecs"),
+    ("distance", lambda row: f"{row['distance']:.3g}"),
+    ("after all steps", lambda row: f"{row['floor']:.2g}"),
+    ("trace", _trace),
+    ("time", lambda row: tables.duration(row["seconds"])),
+)
 
 
 def draw(result: dict[str, Any], shown: SpectralDensity, exact: Tensor, path: Path) -> None:

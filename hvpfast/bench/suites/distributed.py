@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.bench import record
+from hvpfast.bench import record, tables
 from hvpfast.lab.environment import checkout, usable_cores
 from hvpfast.lab.measure.timing import Disturbance
 from hvpfast.operators.distributed import shard
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="of all ranks together (default: the usable cores)")
     add("--rounds", type=int, default=15, help="default: %(default)s")
     add("--quick", action="store_true", help="a tiny case in seconds: does everything work?")
-    add("--out", type=Path, metavar="DIR", help="folder for bench.json and bench.txt")
+    record.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,18 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
         rows = json.loads(path.read_text(encoding="utf-8"))
     result = {
-        "suite": "distributed",
-        "command": record.command_line(),
-        "environment": record.environment(),
+        **record.head("distributed"),
         "ranks": arguments.ranks,
         **settings,
         "cores_busy": busy.share(),  # on average, the ranks' own included
         "rows": rows,
     }
-    text = render(result)
-    print(text)
-    if arguments.out is not None:
-        record.keep(arguments.out, result, text)
+    record.publish(result, render(result), arguments.out)
     return int(any(row["status"] != "timed" for row in rows))
 
 
@@ -99,26 +94,36 @@ def _environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": path}
 
 
+def _milliseconds(name: str) -> tables.Show:
+    return lambda row: f"{row[name] * 1e3:9.3f} ms"
+
+
+NAMES: tables.FixedColumns = (("case", "case", "28"), ("operation", "operation", "15"))
+COLUMNS: tables.FixedColumns = (
+    *NAMES,
+    ("1 process", _milliseconds("alone"), ">12"),
+    ("ranks", _milliseconds("ranks"), ">12"),
+    ("ratio", lambda row: f"{row['alone'] / row['ranks']:.2f}", ">6"),
+    ("all-reduce", _milliseconds("reduce"), ">11"),
+    ("rate of ranks", lambda row: f"{row['rate']:.3g}/s", ">14"),
+)
+
+
 def render(result: dict[str, Any]) -> str:
     """The record as a table."""
-    head = f"{'case':28} {'operation':15} {'1 process':>12} {'ranks':>12} {'ratio':>6}"
     ranks, threads = result["ranks"], result["threads"]
     lines = [
         f"{ranks} ranks with {threads // ranks} threads each, gloo, against 1 process with "
         f"{threads} threads; float32, medians of {result['rounds']} rounds that take turns",
         "ratio: time of one process over that of the ranks; rate: samples times tangents a second",
         "",
-        f"{head} {'all-reduce':>11} {'rate of ranks':>14}",
+        tables.fixed_head(COLUMNS, " "),
     ]
     for row in result["rows"]:
-        if row["status"] != "timed":
-            lines.append(f"{row['case']:28} {row['operation']:15} {row['status']}: {row['reason']}")
-            continue
-        alone, ranks_s, reduce = (f"{row[k] * 1e3:9.3f} ms" for k in ("alone", "ranks", "reduce"))
-        lines.append(
-            f"{row['case']:28} {row['operation']:15} {alone:>12} {ranks_s:>12} "
-            f"{row['alone'] / row['ranks']:6.2f} {reduce:>11} {row['rate']:12.3g}/s"
-        )
+        if row["status"] == "timed":
+            lines.append(tables.fixed_line(COLUMNS, row, " "))
+        else:
+            lines.append(f"{tables.fixed_line(NAMES, row, ' ')} {row['status']}: {row['reason']}")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def event_seconds(call: Callable[[], Any], calls: int) -> float:
 
 
 def waiting(wait: Callable[[Any], Any]) -> Clock:
-    """A host's clock for calls that are queued: it waits for the last, and so for all."""
+    """The host's clock for queued calls: it stops once ``wait`` returns for the last of them."""
 
     def seconds(call: Callable[[], Any], calls: int) -> float:
         out = None
@@ -82,7 +82,10 @@ def waiting(wait: Callable[[Any], Any]) -> Clock:
 
 
 def estimate(call: Callable[[], Any], clock: Clock = host_seconds) -> float:
-    """A quick guess of the seconds per call: the smallest of at least two, of five if short."""
+    """A quick guess of the seconds per call: the smallest of two calls, of more if they are short.
+
+    One call is enough if it takes over a second.
+    """
     best, spent, done = float("inf"), 0.0, 0
     while done < 2 or (spent < 0.1 and done < 5) or (spent < 0.02 and done < 20):
         took = clock(call, 1)
@@ -106,12 +109,13 @@ def interleave(
         calls: by name.
         estimates: seconds per call, to choose how many calls make a turn.
         rounds: rounds, each with one turn per call.
-        tick: told the number of rounds done.
+        tick: called after every round with the number of rounds done.
         clocks: by name, what takes the time of a turn; the host's where there is none.
-        broken: told of a call that raises, which is then left out; None: its error goes on.
+        broken: called with the name and the error of a call that raises, which is then left out;
+            None lets the error through.
 
     Returns:
-        Times by name, of those that did not break.
+        Times by name, of the calls that did not break.
     """
     names = list(calls)
     if not names:

@@ -7,7 +7,7 @@ with those of the peers, and residuals are measured with products in float64.
 Peers: ``scipy.sparse.linalg.eigsh`` (ARPACK, its default number of Lanczos vectors, the same tol)
 on Hessian-vector products of torch's double backward with a retained graph, and on curvlinops.
 Products are also counted against unrestarted Lanczos with full orthogonalisation in float64, which
-looks at its residuals after every product: no Krylov method takes fewer from the same start.
+checks its residuals after every product: no Krylov method takes fewer from the same start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,12 @@ import torch
 
 import hvpfast as hf
 from hvpfast.analysis.eigen import EigenResult, eigsh
-from hvpfast.bench import record
+from hvpfast.bench import record, tables
+from hvpfast.bench.measure import torch_threads
+from hvpfast.bench.suites.eigsh import trained
 from hvpfast.bench.suites.eigsh.solvers import LOSS, SEED, TOL, Found, least_products, ours, solvers
-from hvpfast.bench.suites.eigsh.trained import (
-    Trained,
-    digits,
-    mnist1d,
-    shifted_digits,
-    synthetic,
-    train,
-)
-from hvpfast.lab.environment import usable_cores
+from hvpfast.bench.suites.eigsh.trained import Trained, train
+from hvpfast.lab.environment import timing_conditions, usable_cores
 from hvpfast.lab.measure import timing
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -61,25 +56,25 @@ WIDE = (3072, 256, 100)
 CASES = {
     "digits": Case(
         30,
-        lambda: train(DIGITS, "sigmoid", digits(), steps=1400),
+        lambda: train(DIGITS, "sigmoid", trained.digits(), steps=1400),
         "784-128-128-10 sigmoid trained on digits at 28x28, N = 1797",
         {"scipy, torch": 4.0},
     ),
     "digits-shifted": Case(
         30,
-        lambda: train(DIGITS, "sigmoid", shifted_digits(10000), steps=1200, batch=128),
+        lambda: train(DIGITS, "sigmoid", trained.shifted_digits(10000), steps=1200, batch=128),
         "784-128-128-10 sigmoid trained on shifted digits, N = 10000",
         {"scipy, torch": 1.8, "scipy, curvlinops": 2.5},
     ),
     "mnist1d": Case(
         30,
-        lambda: train(SMALL, "relu", mnist1d(5000), steps=3000),
+        lambda: train(SMALL, "relu", trained.mnist1d(5000), steps=3000),
         "40-32-32-10 relu trained on MNIST-1D, N = 4000",
         {"scipy, torch": 5.0},
     ),
     "minibatch": Case(
         10,
-        lambda: _first(train(WIDE, "relu", synthetic(640, 3072, 100), steps=5), 64),
+        lambda: _first(train(WIDE, "relu", trained.synthetic(640, 3072, 100), steps=5), 64),
         "3072-256-100 relu after 5 steps, mini-batch of N = 64",
         {"scipy, torch": 8.0},
     ),
@@ -87,26 +82,24 @@ CASES = {
 QUICK_CASES = {
     "quick": Case(
         3,
-        lambda: train((12, 8, 4), "sigmoid", synthetic(40, 12, 4), steps=30),
+        lambda: train((12, 8, 4), "sigmoid", trained.synthetic(40, 12, 4), steps=30),
         "12-8-4 sigmoid, N = 40",
         {"scipy, torch": 0.0},
     ),
     "quick-minibatch": Case(
         3,
-        lambda: _first(train((40, 8, 4), "relu", synthetic(40, 40, 4), steps=10), 8),
+        lambda: _first(train((40, 8, 4), "relu", trained.synthetic(40, 40, 4), steps=10), 8),
         "40-8-4 relu, mini-batch of N = 8",
         {"scipy, torch": 0.0},
     ),
 }
 
 
-def _first(trained: Trained, count: int) -> Trained:
-    return Trained(
-        trained.model, trained.x[:count], trained.y[:count], trained.loss, trained.accuracy
-    )
+def _first(net: Trained, count: int) -> Trained:
+    return replace(net, x=net.x[:count], y=net.y[:count])
 
 
-# Measurements.
+# ---- measurements ----
 
 
 def _relative_residual(net: Trained, found: Found) -> float:
@@ -189,7 +182,7 @@ def sweep(k: int, quick: bool) -> dict[str, Any]:
     Cold: from a random start; warm: from the eigenvectors at the neighbouring weight decay.
     """
     sizes, activation = ((12, 8, 4), "sigmoid") if quick else (SMALL, "relu")
-    data = synthetic(40, 12, 4) if quick else mnist1d(5000)
+    data = trained.synthetic(40, 12, 4) if quick else trained.mnist1d(5000)
     steps = (30, 10) if quick else (2000, 500)
     model = train(sizes, activation, data, steps=steps[0]).model
     rows, last = [], None
@@ -218,7 +211,7 @@ def sweep(k: int, quick: bool) -> dict[str, Any]:
     return {"k": k, "rows": rows}
 
 
-# The command.
+# ---- the command ----
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,11 +232,9 @@ def run(arguments: argparse.Namespace) -> int:
     quick = arguments.quick
     cases = QUICK_CASES if quick else {n: CASES[n] for n in arguments.cases or CASES}
     rounds = 1 if quick else arguments.rounds
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
+    with torch_threads(arguments.threads):
         result: dict[str, Any] = {
-            "environment": record.environment(),
+            "environment": timing_conditions(),
             "command": record.command_line(),
             "settings": {"rounds": rounds, "threads": arguments.threads, "quick": quick},
             "rows": [],
@@ -255,13 +246,32 @@ def run(arguments: argparse.Namespace) -> int:
         for k in () if arguments.no_sweep else (3,) if quick else (10, 30):
             result["sweeps"].append(sweep(k, quick))
             print(render_sweep(result["sweeps"][-1]), flush=True)
-    finally:
-        torch.set_num_threads(before)
     if arguments.out is not None:
-        text = [render_row(row) for row in result["rows"]]
-        text += [render_sweep(found) for found in result["sweeps"]]
-        record.keep(arguments.out, result, "\n".join(text))
+        record.keep(arguments.out, result, render(result))
     return int(any(row["wrong"] for row in result["rows"]))
+
+
+def render(result: dict[str, Any]) -> str:
+    """The record as text."""
+    text = [render_row(row) for row in result["rows"]]
+    return "\n".join([*text, *(render_sweep(found) for found in result["sweeps"])])
+
+
+SOLVERS: tables.FixedColumns = (
+    ("solver", "solver", "26"),
+    ("products", "num_matvecs", ">9"),
+    ("median s", lambda s: f"{s['median_s']:.3f}", ">10"),
+    ("quartiles", lambda s: f"{s['q1_s']:9.3f}{s['q3_s']:9.3f}", ">18"),
+    ("ratio", lambda s: f"{s['ratio']:.2f}", ">8"),
+    ("quartiles", lambda s: f"{s['ratio_q1']:7.2f}{s['ratio_q3']:7.2f}", ">14"),
+    ("residual", lambda s: f"{s['relative_residual']:.1e}", ">10"),
+    ("values", lambda s: f"{s['eigenvalue_difference']:.1e}", ">9"),
+)
+STARTS: tables.FixedColumns = (
+    ("weight decay", lambda row: f"{row['weight_decay']:.1e}", ">13"),
+    ("cold", "cold", ">6"),
+    ("warm", lambda row: tables.number(row["warm"], "d"), ">6"),
+)
 
 
 def render_row(row: dict[str, Any]) -> str:
@@ -269,15 +279,10 @@ def render_row(row: dict[str, Any]) -> str:
     lines = [
         f"{row['text']}: P = {row['num_params']:,}, k = {row['k']}, loss {row['loss']:.3g}; "
         f"unrestarted Lanczos takes {row['least_products']} products",
-        f"  {'solver':26}{'products':>9}{'median s':>10}{'quartiles':>18}{'ratio':>8}"
-        f"{'quartiles':>14}{'residual':>10}{'values':>9}",
+        f"  {tables.fixed_head(SOLVERS)}",
     ]
-    for key, s in row["solvers"].items():
-        lines.append(
-            f"  {key:26}{s['num_matvecs']:9}{s['median_s']:10.3f}"
-            f"{s['q1_s']:9.3f}{s['q3_s']:9.3f}{s['ratio']:8.2f}{s['ratio_q1']:7.2f}"
-            f"{s['ratio_q3']:7.2f}{s['relative_residual']:10.1e}{s['eigenvalue_difference']:9.1e}"
-        )
+    for name, solver in row["solvers"].items():
+        lines.append(f"  {tables.fixed_line(SOLVERS, {'solver': name, **solver})}")
     lines += [f"  {key}: {reason}" for key, reason in row["skipped"].items()]
     lines.append(f"  hvpfast: {row['solvers']['hvpfast']['note']}")
     lines += [f"  WRONG: {text}" for text in row["wrong"]]
@@ -290,10 +295,8 @@ def render_row(row: dict[str, Any]) -> str:
 def render_sweep(found: dict[str, Any]) -> str:
     """One sweep as a table."""
     lines = [f"sweep of weight decays, k = {found['k']}: products"]
-    lines.append(f"  {'weight decay':>13}{'cold':>6}{'warm':>6}")
-    for row in found["rows"]:
-        warm = "-" if row["warm"] is None else str(row["warm"])
-        lines.append(f"  {row['weight_decay']:13.1e}{row['cold']:6}{warm:>6}")
+    lines.append(f"  {tables.fixed_head(STARTS)}")
+    lines += [f"  {tables.fixed_line(STARTS, row)}" for row in found["rows"]]
     pairs = [(row["cold"], row["warm"]) for row in found["rows"] if row["warm"] is not None]
     share = sum(warm for _, warm in pairs) / sum(cold for cold, _ in pairs)
     lines.append(f"  warm starts take {share:.0%} of the products of cold ones")

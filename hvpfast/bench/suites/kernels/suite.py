@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvpfast.bench import record
-from hvpfast.bench.report import table
+from hvpfast.bench import record, tables
 
 DESCRIPTION = "Registers, shared memory and spills of the GPU kernels, compiled ahead of time."
 BACKENDS = ("triton", "cuda")
 CAPABILITIES = (80, 90)
+USES = ("registers", "shared_bytes", "spills")
 FIGURES = "hvpfast.bench.suites.kernels.cuda"  # builds the engine and reads what ptxas says
 
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: all of {', '.join(BACKENDS)}")  # fmt: skip
     add("--capabilities", nargs="+", type=int, default=list(CAPABILITIES), metavar="SM",
         help="default: 80 90")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="folder for bench.json and bench.txt")
+    record.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,9 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     started = time.perf_counter()
     result: dict[str, Any] = {
-        "suite": "kernels",
-        "command": record.command_line(),
-        "environment": record.environment(),
+        **record.head("kernels"),
         "compilers": {"triton": _version_of_triton(), "nvcc": _version_of_nvcc()},
         "skipped": {},
         "failed": {},
@@ -66,10 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         except Exception as error:  # a compiler's own type: the other backend goes on
             result["failed"][backend] = f"{type(error).__name__}: {error}"[:2000]
     result["seconds"] = round(time.perf_counter() - started, 1)
-    text = render(result)
-    print(text)
-    if arguments.out is not None:
-        record.keep(arguments.out, result, text)
+    record.publish(result, render(result), arguments.out)
     return int(bool(result["failed"]) or any(row["spills"] for row in result["rows"]))
 
 
@@ -148,28 +143,21 @@ def render(result: dict[str, Any]) -> str:
 
     Functions that kernels call have no registers and no shared memory of their own.
     """
-    most: dict[tuple[str, str, int], dict[str, int]] = {}
+    most: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in result["rows"]:
         key = (row["backend"], row["kernel"], row["capability"])
-        entry = most.setdefault(key, dict.fromkeys(("count", "kernels", *COLUMNS), 0))
+        entry = most.setdefault(key, dict.fromkeys(("count", "kernels", *USES), 0))
         entry["count"] += 1
         entry["kernels"] += row.get("entry", True)
-        for name in COLUMNS:
+        for name in USES:
             entry[name] = max(entry[name], row[name])
-    lines: list[tuple[str, ...]] = [
-        ("backend", "kernel", "sm", "variants", "registers", "shared bytes", "spills")
-    ]
-    lines += [
-        (
-            *(str(part) for part in key),
-            str(entry["count"]),
-            *(str(entry[n]) if entry["kernels"] or n == "spills" else "-" for n in COLUMNS),
-        )
-        for key, entry in sorted(most.items())
+    lines = [
+        {"backend": backend, "kernel": kernel, "capability": capability, **entry}
+        for (backend, kernel, capability), entry in sorted(most.items())
     ]
     compilers = ", ".join(f"{k} {v}" for k, v in result["compilers"].items() if v)
     parts = [f"compiled ahead of time by {compilers}; the most that any variant of a kernel uses"]
-    parts += [table(lines)] if len(lines) > 1 else []
+    parts += [tables.fitted(COLUMNS, lines)] if lines else []
     spilling = [row for row in result["rows"] if row["spills"]]
     parts += [
         f"SPILLS: {row['backend']} {row['kernel']} sm_{row['capability']}: {row['spills']} "
@@ -183,4 +171,16 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-COLUMNS = ("registers", "shared_bytes", "spills")
+def _of_kernels(name: str) -> tables.Show:
+    return lambda entry: str(entry[name]) if entry["kernels"] else "-"
+
+
+COLUMNS: tables.Columns = (
+    ("backend", "backend"),
+    ("kernel", "kernel"),
+    ("sm", "capability"),
+    ("variants", "count"),
+    ("registers", _of_kernels("registers")),
+    ("shared bytes", _of_kernels("shared_bytes")),
+    ("spills", "spills"),
+)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.bench.cases import Case, build
+from hvpfast.bench.measure import Form, clock
 from hvpfast.bench.providers import PROVIDERS, transforms
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.jax_jit import mlp_loss
 from hvpfast.bench.providers.torch_compile import own_code
-from hvpfast.lab.measure import timing
-from hvpfast.utils import cuda_graph
+from hvpfast.bench.providers.torch_graphs import recorded
 
 T = torch.func
 SLACK = 32.0
@@ -98,17 +98,15 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Form:
-    """``call`` does the work; ``rows`` makes a tensor (M, K, P) of what it returned."""
+class ModelsForm(Form):
+    """``rows`` makes a tensor (M, K, P) of what ``call`` returned."""
 
-    call: Callable[[], Any]
     rows: Callable[[Any], Tensor]
-    clock: timing.Clock
 
 
-def forms(problem: Models) -> dict[tuple[str, str, str], Callable[[], Form]]:
-    """(provider, kind, form) -> what prepares it; forms that cannot run here are left away."""
-    table: dict[tuple[str, str, str], Callable[[], Form]] = {}
+def forms(problem: Models) -> dict[tuple[str, str, str], Callable[[], ModelsForm]]:
+    """(provider, kind, form) -> what prepares it; forms that cannot run here are left out."""
+    table: dict[tuple[str, str, str], Callable[[], ModelsForm]] = {}
     for name in ENGINES:
         if PROVIDERS[f"ours-{name}"].unavailable(problem.device) is None:
             table[f"ours-{name}", "ours", "models at once"] = functools.partial(
@@ -151,14 +149,10 @@ def truth(problem: Models) -> tuple[Tensor, float]:
     return torch.cat(exact), 2 * own + SLACK * torch.finfo(problem.params.dtype).eps
 
 
-def _clock(device: str) -> timing.Clock:
-    return timing.host_seconds if device == "cpu" else timing.event_seconds
-
-
 # ---- ours ----
 
 
-def _ours(problem: Models, backend: str) -> Form:
+def _ours(problem: Models, backend: str) -> ModelsForm:
     spec = hf.MLPSpec(problem.case.sizes, problem.case.activation)
     V = problem.tangents.transpose(1, 2)  # (M, P, K), its rows contiguous
 
@@ -166,10 +160,10 @@ def _ours(problem: Models, backend: str) -> Form:
         lin = hf.linearize(spec, problem.params, problem.x, problem.y, backend=backend, order=2)
         return hf.hvp(lin, V)
 
-    return Form(call, lambda out: out.transpose(1, 2), _clock(problem.device))
+    return ModelsForm(call, clock(problem.device), lambda out: out.transpose(1, 2))
 
 
-def _loop(problem: Models) -> Form:
+def _loop(problem: Models) -> ModelsForm:
     """hvpfast without its model axis."""
     spec = hf.MLPSpec(problem.case.sizes, problem.case.activation)
     points = list(zip(problem.params, problem.x, problem.y, problem.tangents, strict=True))
@@ -177,7 +171,7 @@ def _loop(problem: Models) -> Form:
     def call() -> Any:
         return [hf.hvp(hf.linearize(spec, p, x, y, order=2), rows.T) for p, x, y, rows in points]
 
-    return Form(call, lambda out: torch.stack([v.T for v in out]), _clock(problem.device))
+    return ModelsForm(call, clock(problem.device), lambda out: torch.stack([v.T for v in out]))
 
 
 # ---- torch ----
@@ -208,13 +202,13 @@ def _rows(found: Sequence[Tensor]) -> Tensor:
     return torch.cat([leaf.detach().flatten(2) for leaf in found], dim=2)
 
 
-def _func(problem: Models, mode: str) -> Form:
+def _func(problem: Models, mode: str) -> ModelsForm:
     arguments = _arguments(problem)
     function = T.vmap(_one_model(problem.case, mode))
-    return Form(lambda: function(*arguments), _rows, _clock(problem.device))
+    return ModelsForm(lambda: function(*arguments), clock(problem.device), _rows)
 
 
-def _compiled(problem: Models, mode: str) -> Form:
+def _compiled(problem: Models, mode: str) -> ModelsForm:
     arguments = _arguments(problem)
     one = _one_model(problem.case, mode)
 
@@ -222,10 +216,10 @@ def _compiled(problem: Models, mode: str) -> Form:
         return T.vmap(one)(params, x, y, V)
 
     function: Any = torch.compile(own_code(whole), fullgraph=True, dynamic=False)
-    return Form(lambda: function(*arguments), _rows, _clock(problem.device))
+    return ModelsForm(lambda: function(*arguments), clock(problem.device), _rows)
 
 
-def _bmm(problem: Models, batched: bool) -> Form:
+def _bmm(problem: Models, batched: bool) -> ModelsForm:
     """Double backward through batched products: the losses' sum has every model's gradient."""
     params, x, y, V = _arguments(problem)
     params = tuple(p.requires_grad_() for p in params)
@@ -247,24 +241,20 @@ def _bmm(problem: Models, batched: bool) -> Form:
         ]
         return tuple(torch.stack(leaves) for leaves in zip(*found, strict=True))
 
-    return Form(
-        call, lambda out: _rows([leaf.transpose(0, 1) for leaf in out]), _clock(problem.device)
+    return ModelsForm(
+        call, clock(problem.device), lambda out: _rows([leaf.transpose(0, 1) for leaf in out])
     )
 
 
-def _recorded(device: str, name: str, make: Callable[[], Form]) -> Form:
-    form, where = make(), torch.device(device)
-    with cuda_graph.side_stream(where):
-        for _ in range(cuda_graph.WARMUPS):
-            form.call()
-    recording: cuda_graph.Recording[Any] = cuda_graph.Recording(where, name, form.call)
-    return replace(form, call=recording.replay)
+def _recorded(device: str, name: str, make: Callable[[], ModelsForm]) -> ModelsForm:
+    form = make()
+    return replace(form, call=recorded(device, name, form.call))
 
 
 # ---- JAX ----
 
 
-def _jax(problem: Models, mode: str) -> Form:
+def _jax(problem: Models, mode: str) -> ModelsForm:
     jax: Any = importlib.import_module("jax")
     activation = problem.case.activation
 
@@ -284,4 +274,4 @@ def _jax(problem: Models, mode: str) -> Form:
     def rows(out: Any) -> Tensor:
         return _rows([torch.tensor(np.asarray(leaf), device=problem.device) for leaf in out])
 
-    return Form(lambda: function(*arrays), rows, timing.waiting(jax.block_until_ready))
+    return ModelsForm(lambda: function(*arrays), clock(problem.device, jax.block_until_ready), rows)

@@ -1,32 +1,34 @@
 """Hessian-vector products of many small models at once, each with its own data and tangents.
 
 M models x K tangents of one network, primal passes included. The peers do the same work by vmap and
-by batched matrix products, run eagerly, compiled, and recorded as CUDA graphs. Every form is held
-against float64, model by model, before anything is timed.
+by batched matrix products, run eagerly, compiled, and recorded as CUDA graphs. Every form is
+compared with float64, model by model, before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hvpfast.bench import gpu_peak, peak, record
+from hvpfast.bench import peak, record, tables
 from hvpfast.bench.cases import CASES, DEVICES, QUICK_CASES, Case
 from hvpfast.bench.counts import minimal
-from hvpfast.bench.report import duration, limits_line, machine_line, table
-from hvpfast.bench.suites.models.forms import Form, Models, forms, truth
+from hvpfast.bench.measure import Cell, Form, torch_threads
+from hvpfast.bench.report import TIMES, fastest_first, limits_line, machine_line
+from hvpfast.bench.suites.models.forms import Models, ModelsForm, forms, truth
 from hvpfast.lab.environment import usable_cores
-from hvpfast.lab.measure import timing
 
 DESCRIPTION = "Many small models at once: products against vmap and batched matrix products."
-SCREEN = 1.5  # a form this many times slower than its provider's best is not timed further
 MIN_ROUNDS = 5
 SECONDS_WANTED = 3e-3  # for 451 models x 100 tangents of 40-32-10 on an H100-class GPU
 RATIO_WANTED = 100.0  # over torch's vmap and batched products, run eagerly
+# What a row says of the measurement, after what it is about.
+MEASURED = ("status", "reason", "errors", "median_s", "q1_s", "q3_s", "rounds", "inner")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=float, default=30.0, metavar="SECONDS", help="of timing; rounds are cut")
     add("--deadline", type=float, metavar="SECONDS", help="start no further form after this long")
     add("--quick", action="store_true", help="three tiny models: does everything work?")
-    add("--out", type=Path, metavar="DIR", help="folder for bench.json and bench.txt")
+    record.add_out(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,17 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     quick = arguments.quick
     case: Case = QUICK_CASES["quick"] if quick else CASES[arguments.case]
     M, K = (3, 2) if quick else (arguments.models, arguments.probes)
-    before = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
-    try:
-        on_gpu = arguments.device != "cpu"
-        limits = gpu_peak.measure("float32") if on_gpu else peak.measure(
-            arguments.threads, "float32", 0.02 if quick else 0.2
-        )  # fmt: skip
+    with torch_threads(arguments.threads):
+        limits = peak.limits(arguments.device, arguments.threads, "float32", quick=quick)
         result: dict[str, Any] = {
-            "suite": "models",
-            "command": record.command_line(),
-            "environment": record.environment(),
+            **record.head("models"),
             "peak": limits,
             "settings": {
                 "case": case.name, "models": M, "probes": K, "device": arguments.device,
@@ -75,77 +70,48 @@ def run(arguments: argparse.Namespace) -> int:
         problem = Models.build(case, M, K, arguments.device)
         rounds = 2 if quick else arguments.rounds
         result["rows"] = measure(problem, rounds, arguments.budget, arguments.deadline, started)
-    finally:
-        torch.set_num_threads(before)
     for row in result["rows"]:
         _rate(row, problem, limits)
     result["marks"] = judge(result)
     result["seconds"] = round(time.perf_counter() - started, 1)
-    text = render(result)
-    print(text)
-    if arguments.out is not None:
-        record.keep(arguments.out, result, text)
-    ours = [row for row in result["rows"] if row["kind"] == "ours"]
-    return int(any(row["status"] in ("wrong", "failed") for row in ours))
+    record.publish(result, render(result), arguments.out)
+    return int(record.broken(row for row in result["rows"] if row["kind"] == "ours"))
 
 
 def measure(
     problem: Models, rounds: int, budget: float, deadline: float | None, started: float
 ) -> list[dict[str, Any]]:
     """The rows: correctness, then times in interleaved rounds."""
-    exact, own = truth(problem)
-    rows: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Form] = {}
+    exact, allowed = truth(problem)
+    cell = Cell()
     for (provider, kind, name), make in forms(problem).items():
-        key = f"{provider}: {name}"
-        rows[key] = {
+        identity = {
             "case": f"{problem.case.name}, {problem.num_models} models",
             "num_tangents": problem.num_tangents, "operation": "hvp",
-            "provider": provider, "kind": kind, "form": name, "status": "left out",
-            "reason": None, "errors": None, "median_s": None, "q1_s": None, "q3_s": None,
-            "rounds": None, "inner": None,
+            "provider": provider, "kind": kind, "form": name,
         }  # fmt: skip
         if deadline is not None and time.perf_counter() - started > deadline:
-            rows[key]["reason"] = f"the run's {deadline:g} s were spent"
-            continue
-        try:
-            form = make()
-            error = worst(form.rows(form.call()), exact)
-            rows[key].update(errors={"product": [record.finite(error), own]}, status="checked")
-            if not error <= own:  # also when it is NaN
-                rows[key].update(
-                    status="wrong", reason=f"error {error:.2e} of its model's, allowed {own:.2e}"
-                )
-                continue
-            rows[key]["median_s"] = timing.estimate(form.call, form.clock)
-        except Exception as error:  # a form that breaks is reported, and the run goes on
-            rows[key].update(record.failure(error))
-            continue
-        ready[key] = form
+            cell.leave_out(identity, f"the run's {deadline:g} s were spent")
+        else:
+            cell.check(identity, provider, functools.partial(_judged, make, exact, allowed))
     del exact
-    _screen(rows, ready, budget)
-    estimates = {key: float(rows[key]["median_s"]) for key in ready}
-    turn = sum(
-        timing.SETTLE_SECONDS + max(2 * s, timing.TURN_SECONDS + timing.WARM_SECONDS)
-        for s in estimates.values()
-    )
-    rounds = min(rounds, max(MIN_ROUNDS, int(budget / max(turn, 1e-9))))
-    busy = timing.Disturbance()
-    times = timing.interleave(
-        {key: form.call for key, form in ready.items()},
-        estimates,
-        rounds,
-        clocks={key: form.clock for key, form in ready.items()},
-        broken=lambda key, error: rows[key].update(record.failure(error)),
-    )
-    for key, found in times.items():
-        low, high = found.quartiles
-        rows[key].update(
-            status="timed", median_s=found.median, q1_s=low, q3_s=high, rounds=rounds,
-            inner=found.inner,
-        )  # fmt: skip
-    share = busy.share()
-    return [{**row, "disturbance": share} for row in rows.values()]
+    cell.screen()
+    for key, seconds in cell.estimates().items():
+        if MIN_ROUNDS * seconds > budget:
+            cell.drop(key, f"{MIN_ROUNDS} rounds of it take over {budget:g} s")
+    cell.time(cell.rounds_within(budget, rounds, MIN_ROUNDS, calls=2))
+    return [{**row, "disturbance": cell.disturbance} for row in cell.rows(MEASURED)]
+
+
+def _judged(
+    make: Callable[[], ModelsForm], exact: torch.Tensor, allowed: float
+) -> tuple[Form, dict[str, Any], str]:
+    """Prepare one form and compare its first result: what :meth:`measure.Cell.check` takes."""
+    form = make()
+    error = worst(form.rows(form.call()), exact)
+    right = error <= allowed  # not when it is NaN
+    wrong = "" if right else f"error {error:.2e} of its model's, allowed {allowed:.2e}"
+    return form, {"errors": {"product": [record.finite(error), allowed]}}, wrong
 
 
 def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -155,25 +121,6 @@ def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
     scale = exact.flatten(1).abs().amax(1)
     error = (found.double() - exact).flatten(1).abs().amax(1)
     return float((error / scale).max())
-
-
-def _screen(rows: dict[str, dict[str, Any]], ready: dict[str, Form], budget: float) -> None:
-    """Drop forms whose rounds would take too long; they keep their quick estimate."""
-    best: dict[str, float] = {}
-    for key in ready:
-        provider = rows[key]["provider"]
-        best[provider] = min(best.get(provider, float("inf")), rows[key]["median_s"])
-    for key in list(ready):
-        if rows[key]["median_s"] > SCREEN * best[rows[key]["provider"]]:
-            rows[key].update(
-                status="screened", reason=f"over {SCREEN} times its provider's best form"
-            )
-            del ready[key]
-        elif MIN_ROUNDS * rows[key]["median_s"] > budget:
-            rows[key].update(
-                status="screened", reason=f"{MIN_ROUNDS} rounds of it take over {budget:g} s"
-            )
-            del ready[key]
 
 
 def _rate(row: dict[str, Any], problem: Models, limits: dict[str, Any]) -> None:
@@ -186,7 +133,7 @@ def _rate(row: dict[str, Any], problem: Models, limits: dict[str, Any]) -> None:
 
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The bars of the full size on a GPU, for each engine of ours: a time, and a ratio."""
+    """What the full size must reach on a GPU, for each engine of ours: a time, and a ratio."""
     settings, rows = result["settings"], result["rows"]
     full = (settings["case"], settings["models"], settings["probes"], settings["device"])
     if full != ("40-32-10", 451, 100, "cuda"):
@@ -214,37 +161,28 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
 def render(result: dict[str, Any]) -> str:
     """The record as text."""
     settings, limits = result["settings"], result["peak"]
-    lines = [("provider", "form", "median", "q1", "q3", "GFLOP/s", "peak", "per product")]
     products = settings["models"] * settings["probes"]
-    for row in sorted(result["rows"], key=lambda r: r["median_s"] or float("inf")):
-        seconds, share = row["median_s"], row["peak_fraction"]
-        lines.append(
-            (
-                row["provider"],
-                row["form"] + ("" if row["status"] == "timed" else f" ({row['status']})"),
-                duration(seconds),
-                duration(row["q1_s"]),
-                duration(row["q3_s"]),
-                "-" if row["gflops"] is None else f"{row['gflops']:.3g}",
-                "-" if share is None else f"{share:.0%}",
-                "-" if seconds is None else f"{1e9 * seconds / products:.3g} ns",
-            )
-        )
+
+    def per_product(row: tables.Row) -> str:
+        seconds = row["median_s"]
+        return "-" if seconds is None else f"{1e9 * seconds / products:.3g} ns"
+
+    table = tables.fitted((*TIMES, ("per product", per_product)), fastest_first(result["rows"]))
     parts = [
         machine_line(result["environment"], limits),
         limits_line(limits),
         f"\n{settings['case']}, {settings['models']} models x {settings['probes']} tangents on "
         f"{settings['device']}: products H v, primal passes included",
-        table(lines),
+        table,
     ]
     parts += [
         f"  {row['status']}: {row['provider']}: {row['form']}: {row['reason'].splitlines()[0]}"
         for row in result["rows"]
-        if row["status"] in ("wrong", "failed", "left out")
+        if row["status"] in (*record.BROKEN, "left out")
     ]
     for mark in result["marks"]:
         met = "not timed" if mark["met"] is None else "met" if mark["met"] else "NOT met"
-        reached = "-" if mark["reached"] is None else f"{mark['reached']:.3g}"
+        reached = tables.number(mark["reached"], ".3g")
         parts.append(
             f"  {mark['provider']}, {mark['against']}: wanted {mark['wanted']:g}, reached {reached}"
             f": {met}"
