@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 import hvpfast as hf
-from hvpfast.lab.data import splits
+from hvpfast.lab.data import mnist1d, splits
 from hvpfast.lab.measure import tuning
 from hvpfast.lab.measure.training import (
     Diverged,
@@ -41,7 +41,7 @@ for package in ("mnist1d", "optuna", "matplotlib"):
 
 @pytest.fixture(scope="module")
 def small() -> splits.Data:
-    return splits.mnist1d(500, 0.2, 0, torch.float32)
+    return mnist1d.mnist1d(500, 0.2, 0, torch.float32)
 
 
 # data
@@ -53,7 +53,7 @@ def test_mnist1d_is_the_published_one_and_global_generators_stay(num_samples: in
     np.random.seed(7)  # noqa: NPY002
     torch.manual_seed(7)
     expected = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    made = splits.mnist1d(num_samples, 0.2, 0, torch.float64)
+    made = mnist1d.mnist1d(num_samples, 0.2, 0, torch.float64)
     assert made.check == "equal by SHA-256"
     assert random.getstate() == expected[0]
     assert (np.random.get_state()[1] == expected[1]).all()  # noqa: NPY002
@@ -64,57 +64,57 @@ def test_mnist1d_is_the_published_one_and_global_generators_stay(num_samples: in
 
 
 def test_verify_tolerates_a_flipped_rounding_and_nothing_else() -> None:
-    made = splits.make_mnist1d(2000)
+    made = mnist1d.make_mnist1d(2000)
     x, y = (np.concatenate([made[k], made[f"{k}_test"]]) for k in ("x", "y"))
     offset = (1e6 * x) % 1 - 0.5
     at = np.unravel_index(np.abs(offset).argmin(), x.shape)  # the value nearest a rounding edge
     flipped = x.copy()
     flipped[at] -= 2e-6 * offset[at]
     assert round(1e6 * flipped[at]) != round(1e6 * x[at])
-    assert splits.verify(flipped, y) == "equal to 1e-9"
+    assert mnist1d.verify(flipped, y) == "equal to 1e-9"
     for wrong in (x + 1e-7 * (np.arange(40) == 3), np.roll(x, 1, axis=0), x[:, ::-1], -x):
         with pytest.raises(StudyError, match="other data than the published 2000"):
-            splits.verify(wrong, y)
+            mnist1d.verify(wrong, y)
     with pytest.raises(StudyError, match="other data"):
-        splits.verify(x, np.roll(y, 1))
-    assert splits.verify(x[:50], y[:50]) == "nothing published for this size"
+        mnist1d.verify(x, np.roll(y, 1))
+    assert mnist1d.verify(x[:50], y[:50]) == "nothing published for this size"
 
 
 def test_splits_are_disjoint_complete_and_named_by_the_root_seed(small: splits.Data) -> None:
-    made = splits.make_mnist1d(500)
+    made = mnist1d.make_mnist1d(500)
     pool = {row.tobytes() for row in np.asarray(made["x"], np.float32)}
     parts = [{row.tobytes() for row in s.x.numpy()} for s in (small.train, small.val, small.test)]
     assert parts[0] | parts[1] == pool
     assert [len(part) for part in parts] == [320, 80, 100]
     assert not parts[0] & parts[1]
     assert not (parts[0] | parts[1]) & parts[2]
-    again = splits.mnist1d(500, 0.2, 0, torch.float32)
+    again = mnist1d.mnist1d(500, 0.2, 0, torch.float32)
     assert torch.equal(again.val.x, small.val.x)
-    assert not torch.equal(splits.mnist1d(500, 0.2, 1, torch.float32).val.x, small.val.x)
+    assert not torch.equal(mnist1d.mnist1d(500, 0.2, 1, torch.float32).val.x, small.val.x)
 
 
 def test_protocols_without_validation_use_the_test_split(small: splits.Data) -> None:
-    made = splits.mnist1d(500, 0.0, 0, torch.float32)
+    made = mnist1d.mnist1d(500, 0.0, 0, torch.float32)
     assert made.val is made.test
     assert torch.equal(made.test.x, small.test.x)
     assert len(made.train.y) == 400
 
 
 def test_split_sizes() -> None:
-    assert splits.split_sizes(5000, 0.2) == (3200, 800, 1000)
-    assert splits.split_sizes(2000, 0.2) == (1280, 320, 400)
+    assert mnist1d.split_sizes(5000, 0.2) == (3200, 800, 1000)
+    assert mnist1d.split_sizes(2000, 0.2) == (1280, 320, 400)
     for num_samples in (0, -10, 505):
         with pytest.raises(ValueError, match="multiple of 10"):
-            splits.split_sizes(num_samples, 0.2)
+            mnist1d.split_sizes(num_samples, 0.2)
     for val_fraction in (-0.1, 0.0, 0.01, 0.99, 1.0, math.nan):
         with pytest.raises(ValueError, match="val_fraction must leave samples"):
-            splits.split_sizes(20, val_fraction)
+            mnist1d.split_sizes(20, val_fraction)
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mnist1d.data", None)
     with pytest.raises(StudyError, match=r"mnist1d.*pip install 'hvpfast\[studies\]'"):
-        splits.make_mnist1d(500)
+        mnist1d.make_mnist1d(500)
 
 
 def test_named_streams_are_fixed_and_distinct() -> None:

@@ -195,7 +195,7 @@ def test_mnist_is_read_from_wherever_it_lies(
         name = name.replace("-idx", ".idx") if form == "dots" else name
         name, content = (name + ".gz", gzip.compress(content)) if form == "gz" else (name, content)
         (folder / name).write_bytes(content)
-    made = datasets.load_mnist(tmp_path)
+    made = image_files.load_mnist(tmp_path)
     assert (made.x.shape, made.x_test.shape, made.num_classes) == ((6, 784), (3, 784), 10)
     assert made.y.tolist() == [0, 1, 2, 3, 4, 5]
     assert made.x[1, 0] == mnist["train-images-idx3-ubyte"][16 + 784]
@@ -208,16 +208,16 @@ def test_damaged_mnist_is_named(mnist: dict[str, bytes], tmp_path: Path) -> None
     path = tmp_path / "t10k-labels-idx1-ubyte"
     path.write_bytes(path.read_bytes()[:-1] + b"\x09")
     with pytest.raises(StudyError, match="t10k-labels-idx1-ubyte is damaged or another file"):
-        datasets.load_mnist(tmp_path)
+        image_files.load_mnist(tmp_path)
     path.unlink()
     path.with_name(path.name + ".gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     with pytest.raises(StudyError, match=r"t10k-labels-idx1-ubyte.gz is damaged"):
-        datasets.load_mnist(tmp_path)
+        image_files.load_mnist(tmp_path)
 
 
 def test_absent_mnist_says_what_to_do(mnist: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(StudyError) as caught:
-        datasets.load_mnist(tmp_path)
+        image_files.load_mnist(tmp_path)
     message = str(caught.value)
     assert "torchvision cannot be imported" in message
     assert "train-images-idx3-ubyte" in message
@@ -243,14 +243,14 @@ def test_torchvision_fetches_where_it_can(
             (raw / name).write_bytes(content)
 
     monkeypatch.setitem(sys.modules, "torchvision.datasets", torchvision("MNIST", fetching))
-    assert datasets.load_mnist(tmp_path).check == "equal by MD5"
+    assert image_files.load_mnist(tmp_path).check == "equal by MD5"
 
     def failing(root: str, download: bool) -> None:
         raise RuntimeError("no network")
 
     monkeypatch.setitem(sys.modules, "torchvision.datasets", torchvision("MNIST", failing))
     with pytest.raises(StudyError, match=r"cannot be fetched \(torchvision: no network\)"):
-        datasets.load_mnist(tmp_path / "other")
+        image_files.load_mnist(tmp_path / "other")
 
 
 # CIFAR-100 on disk
@@ -297,7 +297,7 @@ def test_cifar100_is_read_from_folder_or_archive(
         folder.mkdir(exist_ok=True)
         for name, content in cifar.items():
             (folder / name).write_bytes(content)
-    made = datasets.load_cifar100(tmp_path)
+    made = image_files.load_cifar100(tmp_path)
     assert (made.x.shape, made.x_test.shape, made.num_classes) == ((7, 3072), (4, 3072), 100)
     assert made.y_test.tolist() == [0, 1, 2, 3]
     assert (made.x == np.random.default_rng(7).integers(256, size=(7, 3072), dtype=np.uint8)).all()
@@ -305,14 +305,14 @@ def test_cifar100_is_read_from_folder_or_archive(
 
 def test_damaged_or_absent_cifar100_is_named(cifar: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="ask for the offline data set: --data cifar-like"):
-        datasets.load_cifar100(tmp_path)
+        image_files.load_cifar100(tmp_path)
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"not an archive")
     with pytest.raises(StudyError, match=r"cifar-100-python.tar.gz is damaged"):
-        datasets.load_cifar100(tmp_path)
+        image_files.load_cifar100(tmp_path)
     for name, content in cifar.items():
         (tmp_path / name).write_bytes(content[:-1])
     with pytest.raises(StudyError, match="train is damaged or another file"):
-        datasets.load_cifar100(tmp_path)
+        image_files.load_cifar100(tmp_path)
 
 
 def test_pickles_make_arrays_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

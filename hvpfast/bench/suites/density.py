@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def trained(epochs: int, samples: int) -> tuple[hf.MLP, tuple[Tensor, Tensor]]:
     """The net after training by Adam, and its train data, in float32."""
-    from hvpfast.lab.data.splits import generator, mnist1d
+    from hvpfast.lab.data.mnist1d import mnist1d
+    from hvpfast.lab.data.splits import generator
 
     split = mnist1d(samples, 0.2, 0, torch.float32).train
     model = hf.MLP(SIZES, "relu", generator=generator(0, "density", "init"))

@@ -1,7 +1,4 @@
-"""Data sets that need no download: digits, cifar-like, rbf; with the published ones by one name.
-
-All become the three splits of a study by `three_way`.
-"""
+"""Data sets that need no download: digits, cifar-like, rbf."""
 
 from __future__ import annotations
 
@@ -11,22 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvpfast.lab.data.image_files import load_cifar100, load_mnist
-from hvpfast.lab.data.splits import Arrays, require, three_way
+from hvpfast.lab.data.splits import Arrays
 from hvpfast.lab.runs.folder import StudyError
-
-__all__ = [
-    "Arrays",
-    "load_cifar100",
-    "load_cifar_like",
-    "load_digits",
-    "load_mnist",
-    "load_rbf",
-    "three_way",
-]
+from hvpfast.lab.runs.packages import require
 
 Floats = npt.NDArray[np.float32]
-
 
 DIGITS = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 """SHA-256 of scikit-learn's digits: 1797 images 8x8 and then the labels, all as bytes."""
@@ -64,14 +50,14 @@ def resized(images: npt.NDArray[Any], size: int) -> Floats:
 
 
 CIFAR_LIKE = {"classes": 100, "modes": 2, "coarse": 8, "variation": 2.5, "noise": 0.5}
-"""Prototypes per class, their coarse grid, and standard deviations of what is added to them."""
+"""Classes, prototypes of each, side of their coarse grid, standard deviations of what is added."""
 
 
 def load_cifar_like(num_train: int = 3000, num_test: int = 10_000, seed: int = 0) -> Arrays:
     """Make images of CIFAR-100's shape: 3x32x32 bytes, 100 classes that can be learned.
 
     A class has two smooth prototypes, random colours on an 8x8 grid interpolated to 32x32. A sample
-    is one of them, plus a smooth field of its own, plus noise of each pixel; see `CIFAR_LIKE`.
+    is one of them, plus a smooth field of its own, plus noise in every pixel; see `CIFAR_LIKE`.
     """
     random = np.random.Generator(np.random.Philox(seed))
     classes, modes, coarse = (int(CIFAR_LIKE[k]) for k in ("classes", "modes", "coarse"))
@@ -124,7 +110,7 @@ def load_rbf(
 
 
 def unit(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the rows, scaled to norm 1."""
+    """Return the rows divided by their Euclidean norms."""
     scaled: npt.NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return scaled
 
@@ -137,7 +123,10 @@ def made(
     num_classes: int,
     scale: float,
 ) -> Arrays:
-    """Return made samples in two splits; the check is a digest to compare with other machines."""
+    """Return the first `num_train` samples to train on and the others to test on.
+
+    The check is the beginning of a digest, to compare with other machines.
+    """
     digest = hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()[:16]
     train, test = slice(None, num_train), slice(num_train, None)
     check = f"made here, SHA-256 {digest}..."

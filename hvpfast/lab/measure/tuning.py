@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hvpfast.lab.data.splits import require
+from hvpfast.lab.runs.packages import require
 
 Point = dict[str, float]
 

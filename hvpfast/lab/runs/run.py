@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from hvpfast.lab import environment
-from hvpfast.lab.data.splits import require
 from hvpfast.lab.report.html import page
 from hvpfast.lab.report.plots import png
 from hvpfast.lab.runs.folder import Row, RunFolder, StudyError, row_line, write_whole
+from hvpfast.lab.runs.packages import require
 from hvpfast.lab.runs.progress import Cell, Progress
 from hvpfast.lab.runs.sharing import Claims, Helpers, team
 

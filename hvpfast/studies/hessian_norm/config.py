@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hvpfast.lab.data.splits import split_sizes
-
-NUM_INPUTS = 40
-
+from hvpfast.lab.data.mnist1d import split_sizes
 
 Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"]
 

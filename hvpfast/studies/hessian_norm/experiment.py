@@ -31,7 +31,8 @@ import torch
 
 import hvpfast as hf
 from hvpfast import backends
-from hvpfast.lab.data.splits import NUM_CLASSES, Data, mnist1d
+from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS, mnist1d
+from hvpfast.lab.data.splits import Data
 from hvpfast.lab.measure.training import (
     constant_prediction,
     exact_curvature,
@@ -43,7 +44,7 @@ from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
 from hvpfast.studies.hessian_norm import published as published
-from hvpfast.studies.hessian_norm.config import NUM_INPUTS, PRESETS, Config
+from hvpfast.studies.hessian_norm.config import PRESETS, Config
 from hvpfast.studies.hessian_norm.figures import figures
 from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings, headline
 from hvpfast.studies.hessian_norm.report import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hvpfast.lab.data.splits import split_sizes
+from hvpfast.lab.data.mnist1d import split_sizes
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from typing import Any
 import torch
 
 from hvpfast import backends
-from hvpfast.lab.data.splits import Data, fold, mnist1d
+from hvpfast.lab.data.mnist1d import mnist1d
+from hvpfast.lab.data.splits import Data, fold
 from hvpfast.lab.measure.training import constant_prediction, linear_prediction, score
 from hvpfast.lab.measure.tuning import Point, minimise
 from hvpfast.lab.runs.folder import Row, StudyError

@@ -14,7 +14,8 @@ import torch
 from torch.optim import Optimizer
 
 import hvpfast as hf
-from hvpfast.lab.data.splits import NUM_CLASSES, Data, Split, fold, generator
+from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS
+from hvpfast.lab.data.splits import Data, Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize, score
 from hvpfast.optim import AdaHessian, HessianLRAdaptation
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 Stream = tuple[str | int, ...]
 """Name of a random stream."""
-NUM_INPUTS = 40
 ROUNDS, ROUND_STEPS = 7, 20
 """Of the timing of steps; the first round warms up."""
 BETA2 = {"adam-0.99": 0.99, "adam-0.9": 0.9}

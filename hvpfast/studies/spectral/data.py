@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.lab.data.datasets import load_digits, load_mnist, resized
+from hvpfast.lab.data.datasets import load_digits, resized
+from hvpfast.lab.data.image_files import load_mnist
 from hvpfast.lab.data.splits import Arrays, Data, three_way
 from hvpfast.lab.measure.training import Diverged
 

@@ -66,7 +66,7 @@ def shifted_digits(count: int, most: int = 3) -> tuple[Tensor, Tensor]:
 
 def mnist1d(num_samples: int) -> tuple[Tensor, Tensor]:
     """The train part, four fifths, of MNIST-1D with ``num_samples`` samples of 40 numbers."""
-    from hvpfast.lab.data.splits import make_mnist1d
+    from hvpfast.lab.data.mnist1d import make_mnist1d
 
     made = make_mnist1d(num_samples)
     return torch.as_tensor(made["x"]).float(), torch.as_tensor(made["y"]).long()
