@@ -1,4 +1,9 @@
-"""A configuration on the command line: an option per dataclass field, helped by its docstring."""
+"""What the configurations of studies share: checks, options on the command line, the backend.
+
+A configuration is a frozen dataclass with a docstring under each field. Each field is an option of
+the command line, and its docstring the option's help. The last fields are ``root_seed``,
+``backend`` and ``dtype`` in every study.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,69 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hvpfast import backends
+from hvpfast.lab.runs.folder import StudyError
+from hvpfast.mlp.spec import MLPSpec
+
+
+class Numerics(Protocol):
+    """The fields of a configuration that decide how its numbers are computed."""
+
+    @property
+    def backend(self) -> str:
+        """Name of a backend, or auto."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of torch's floating-point type."""
+
+
+def engine_of(config: Numerics, spec: MLPSpec, **more: str) -> dict[str, str]:
+    """Return the backend that ``config.backend`` means for a network on the CPU, for env.json.
+
+    Args:
+        config: the configuration.
+        spec: the network; a backend is chosen by its depth, activation and loss.
+        more: further facts that decide the numbers.
+
+    Returns:
+        ``backend``, ``dtype``, `more`, and why each backend before the chosen one cannot be used.
+
+    Raises:
+        StudyError: the backend cannot run.
+    """
+    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
+    try:
+        choice = backends.choose(config.backend, spec, device, dtype)
+    except (RuntimeError, ValueError) as error:
+        raise StudyError(str(error)) from error
+    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
+    return {"backend": choice.module.NAME, "dtype": config.dtype, **more, **passed_over}
+
+
+def check_least(config: object, least: int, *names: str) -> None:
+    """Raise ValueError where a field is below the least value that it may have."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
+
+
+def check_seeds(config: object, *names: str) -> None:
+    """Raise ValueError where a field is not one or more different integers from 0."""
+    for name in names:
+        seeds = getattr(config, name)
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name} must be different integers >= 0, at least one; got {seeds}")
+
+
+def rising(values: Sequence[float]) -> bool:
+    """Return whether there are values, each of them larger than the one before."""
+    return bool(values) and list(values) == sorted(set(values))
 
 
 def field_docs(config_type: type) -> dict[str, str]:

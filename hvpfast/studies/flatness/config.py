@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from hvpfast.lab.runs.config import check_least, check_seeds
+
 
 @dataclass(frozen=True)
 class Config:
@@ -62,14 +64,14 @@ class Config:
     """floating-point type of everything"""
 
     def __post_init__(self) -> None:
-        at_least = {"test_samples": 0, "outputs": 0, "curvature_samples": 0, "timing_rounds": 0,
-                    "landscape_planes": 0}  # fmt: skip
-        for name in ("n_samples", "num_epochs", "batch_size", "num_hutchinson_samples",
-                     "curvature_probes", "landscape_samples"):  # fmt: skip
-            at_least[name] = 1
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        check_least(
+            self, 0, "test_samples", "outputs", "curvature_samples", "timing_rounds",
+            "landscape_planes",
+        )  # fmt: skip
+        check_least(
+            self, 1, "n_samples", "num_epochs", "batch_size", "num_hutchinson_samples",
+            "curvature_probes", "landscape_samples",
+        )  # fmt: skip
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
         values = self.lambda_values
@@ -87,10 +89,7 @@ class Config:
             raise ValueError(
                 f"landscape_points must be odd, at least 3; got {self.landscape_points}"
             )
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                f"seeds must be different integers >= 0, at least one; got {self.seeds}"
-            )
+        check_seeds(self, "seeds")
 
 
 def arm(lam: float) -> str:

@@ -33,10 +33,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvpfast import MLPSpec, backends
+from hvpfast import MLPSpec
 from hvpfast.lab.data.splits import Data, fold
 from hvpfast.lab.measure.training import constant_prediction, linear_prediction
-from hvpfast.lab.runs.folder import Row, StudyError
+from hvpfast.lab.runs.config import engine_of
+from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
@@ -56,18 +57,12 @@ Make = Callable[[int], Network]
 
 def engine(own: Custom, config: Config) -> dict[str, str]:
     """Return the backend that ``config.backend`` means here, and what the user's functions are."""
-    told = {"dtype": config.dtype, **own.names()}
     if own.model is not None:
-        return {"backend": f"{config.backend} (by hessian_penalty)", **told}
-    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
-    # the kernels decide by depth, activation and loss; the widths at the ends come with the data
+        backend = f"{config.backend} (by hessian_penalty)"
+        return {"backend": backend, "dtype": config.dtype, **own.names()}
+    # the widths at the ends come with the data, and no choice depends on them
     spec = MLPSpec((1, *config.hidden, 2), activation=config.activation)
-    try:
-        choice = backends.choose(config.backend, spec, device, dtype)
-    except (RuntimeError, ValueError) as error:
-        raise StudyError(str(error)) from error
-    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
-    return {"backend": choice.module.NAME, **told, **passed_over}
+    return engine_of(config, spec, **own.names())
 
 
 def plan(config: Config) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvpfast.lab.data.mnist1d import split_sizes
+from hvpfast.lab.runs.config import check_least, check_seeds, rising
 
 Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"]
 
@@ -55,19 +56,12 @@ class Config:
 
     def __post_init__(self) -> None:
         split_sizes(self.num_samples, self.val_fraction)
-        for name in ("epochs", "batch_size", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_least(self, 1, "epochs", "batch_size", "repetitions")
         for name in ("learning_rates", "rhos", "decays", "radii"):
             values = getattr(self, name)
-            if not values or min(values) <= 0 or list(values) != sorted(set(values)):
+            if not rising(values) or min(values) <= 0:
                 raise ValueError(f"{name} must be positive and rising, at least one; got {values}")
-        for name in ("tune_seeds", "seeds"):
-            seeds = getattr(self, name)
-            if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-                raise ValueError(
-                    f"{name} must be different integers >= 0, at least one; got {seeds}"
-                )
+        check_seeds(self, "tune_seeds", "seeds")
         if not set(self.torch_seeds) <= set(self.seeds):
             raise ValueError(f"torch_seeds must be among the seeds; got {self.torch_seeds}")
 

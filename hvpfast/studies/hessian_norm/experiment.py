@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 import hvpfast as hf
-from hvpfast import backends
 from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS, mnist1d
 from hvpfast.lab.data.splits import Data
 from hvpfast.lab.measure.training import (
@@ -39,6 +38,7 @@ from hvpfast.lab.measure.training import (
     linear_prediction,
     score,
 )
+from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
@@ -67,14 +67,7 @@ def shape_of(config: Config) -> Shape:
 
 def engine(config: Config) -> dict[str, str]:
     """Return the backend that ``config.backend`` means here, and why others were passed over."""
-    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
-    spec = hf.MLPSpec(shape_of(config).sizes, activation=config.activation)
-    try:
-        choice = backends.choose(config.backend, spec, device, dtype)
-    except (RuntimeError, ValueError) as error:
-        raise StudyError(str(error)) from error
-    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
-    return {"backend": choice.module.NAME, "dtype": config.dtype, **passed_over}
+    return engine_of(config, hf.MLPSpec(shape_of(config).sizes, activation=config.activation))
 
 
 def load(config: Config) -> Data:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvpfast.lab.data.mnist1d import split_sizes
+from hvpfast.lab.runs.config import check_least, check_seeds, rising
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,11 @@ class Config:
 
     def __post_init__(self) -> None:
         split_sizes(self.num_samples, self.val_fraction)
-        for name in ("epochs", "batch_size", "trials", "tune_epochs", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_least(self, 1, "epochs", "batch_size", "trials", "tune_epochs", "evaluations")
         rates = self.learning_rates
-        if not rates or min(rates) <= 0 or sorted(set(rates)) != list(rates):
+        if not rising(rates) or min(rates) <= 0:
             raise ValueError(f"learning_rates must be positive and ascending; got {rates}")
-        for name in ("tune_seeds", "seeds", "proxy_seeds"):
-            seeds = getattr(self, name)
-            if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-                raise ValueError(
-                    f"{name} must be different integers >= 0, at least one; got {seeds}"
-                )
+        check_seeds(self, "tune_seeds", "seeds", "proxy_seeds")
         if not self.proxy_epochs or not set(self.proxy_epochs) <= set(range(1, self.epochs + 1)):
             raise ValueError(
                 f"proxy_epochs must be epochs from 1 to {self.epochs}; got {self.proxy_epochs}"

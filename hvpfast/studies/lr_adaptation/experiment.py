@@ -34,11 +34,11 @@ from typing import Any
 
 import torch
 
-from hvpfast import backends
 from hvpfast.lab.data.mnist1d import mnist1d
 from hvpfast.lab.data.splits import Data, fold
 from hvpfast.lab.measure.training import constant_prediction, linear_prediction, score
 from hvpfast.lab.measure.tuning import Point, minimise
+from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row, StudyError
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
@@ -57,13 +57,7 @@ RANDOM_TRIALS = 10
 
 def engine(config: Config) -> dict[str, str]:
     """Return the backend that ``config.backend`` means here, and why others were passed over."""
-    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
-    try:
-        choice = backends.choose(config.backend, spec(config), device, dtype)
-    except (RuntimeError, ValueError) as error:
-        raise StudyError(str(error)) from error
-    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
-    return {"backend": choice.module.NAME, "dtype": config.dtype, **passed_over}
+    return engine_of(config, spec(config))
 
 
 def load(config: Config) -> Data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hvpfast.lab.runs.config import check_least, rising
 from hvpfast.lab.runs.folder import StudyError
 
 GRID = 451
@@ -12,14 +13,6 @@ GRID = 451
 
 
 SWEEPS = ("ascending", "descending", "fresh")
-
-
-def check_sizes(config: Config) -> None:
-    """Raise where a size of the configuration cannot be."""
-    if config.num_train < 0 or config.num_test < 0:
-        raise ValueError("num_train and num_test must be numbers of samples, or 0 for all")
-    if config.data == "mnist" and not config.data_dir:
-        raise StudyError("--data mnist needs --data-dir, the folder with MNIST's files")
 
 
 @dataclass(frozen=True)
@@ -88,18 +81,12 @@ class Config:
     """floating-point type of network and products"""
 
     def __post_init__(self) -> None:
-        if (
-            not self.indices
-            or min(self.indices) < 0
-            or list(self.indices) != sorted({*self.indices})
-        ):
+        if not rising(self.indices) or min(self.indices) < 0:
             raise ValueError(f"indices must be rising integers >= 0; got {self.indices}")
-        for name in ("epochs", "patience", "batch_size", "pairs", "window", "group",
-                     "density_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.density_probes < 2:
-            raise ValueError(f"density_probes must be at least 2; got {self.density_probes}")
+        check_least(
+            self, 1, "epochs", "patience", "batch_size", "pairs", "window", "group", "density_steps"
+        )
+        check_least(self, 2, "density_probes")
         for name in ("branch_every", "polish", "id"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
@@ -108,7 +95,10 @@ class Config:
                 f"lambdas must differ in five decimals, as files are named by them; step is "
                 f"{self.step:g}"
             )
-        check_sizes(self)
+        if self.num_train < 0 or self.num_test < 0:
+            raise ValueError("num_train and num_test must be numbers of samples, or 0 for all")
+        if self.data == "mnist" and not self.data_dir:
+            raise StudyError("--data mnist needs --data-dir, the folder with MNIST's files")
 
     @property
     def chosen(self) -> list[int]:

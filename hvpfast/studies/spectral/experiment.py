@@ -27,11 +27,11 @@ from typing import Any
 import torch
 
 import hvpfast as hf
-from hvpfast import backends
 from hvpfast.lab.data.splits import Data
 from hvpfast.lab.measure.training import constant_prediction
 from hvpfast.lab.report.compare import table
-from hvpfast.lab.runs.folder import Row, StudyError
+from hvpfast.lab.runs.config import engine_of
+from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
@@ -49,20 +49,9 @@ from hvpfast.utils.files import SCRATCH
 
 def engine(config: Config) -> dict[str, str]:
     """Return the backend, why others were passed over, and what will be written."""
-    dtype, device = getattr(torch, config.dtype), torch.device("cpu")
     sizes = (spectral_data.NUM_INPUTS, *config.hidden, spectral_data.NUM_CLASSES)
     spec = hf.MLPSpec(sizes, activation="sigmoid")
-    try:
-        choice = backends.choose(config.backend, spec, device, dtype)
-    except (RuntimeError, ValueError) as error:
-        raise StudyError(str(error)) from error
-    passed_over = {f"passed over {name}": reason for name, reason in choice.passed_over}
-    return {
-        "backend": choice.module.NAME,
-        "dtype": config.dtype,
-        **passed_over,
-        "writes": spectral_files.size_text(config),
-    }
+    return {**engine_of(config, spec), "writes": spectral_files.size_text(config)}
 
 
 # cells
