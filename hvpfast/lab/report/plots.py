@@ -1,45 +1,28 @@
-"""Panels that the figures of studies are made of, in the style of ``hvpfast.utils.plotting``."""
+"""Panels that the figures of studies are made of, and what they show of the records.
+
+The style is that of ``hvpfast.utils.plotting``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hvpfast.lab.report.compare import by_seed, table
+from hvpfast.lab.runs.folder import Row
 from hvpfast.utils import plotting
-from hvpfast.utils.plotting import INK, MUTED, caption, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLORS",
-    "INK",
-    "MUTED",
-    "Curves",
-    "arm_colors",
-    "caption",
-    "curves",
-    "differences",
-    "dots",
-    "draw_seeds",
-    "forest",
-    "label",
-    "legend",
-    "level",
-    "log_axis",
-    "name_rows",
-    "new_figure",
-    "paired_dots",
-    "png",
-    "power",
-    "spread_rows",
-    "trials",
-]
+INK, MUTED = plotting.INK, plotting.MUTED
+caption, label = plotting.caption, plotting.label
 
 Curves = Sequence[Sequence[float]]
 """One curve per seed, all of one length."""
@@ -69,8 +52,58 @@ def png(figure: Figure) -> bytes:
 
 
 def legend(ax: Axes) -> None:
-    """Name what is drawn, in its colours."""
+    """Add a frameless legend."""
     ax.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=1.4)
+
+
+def seed_curves(
+    records: list[Row], measure: str, arms: Iterable[str], *, complete: bool = False
+) -> dict[str, list[list[float]]]:
+    """Return a measure per epoch of the final runs that did not diverge, by arm and seed by seed.
+
+    Args:
+        records: with the tables "final" and "epoch".
+        measure: a column of the latter.
+        arms: to be returned, in their order.
+        complete: leave out of all arms the seeds from which one of them diverged.
+    """
+    lost = {(row["arm"], row["seed"]) for row in table(records, "final", diverged=True)}
+    found: dict[str, dict[int, list[float]]] = {arm: {} for arm in arms}
+    for row in table(records, "epoch"):
+        if row["arm"] in found and (row["arm"], row["seed"]) not in lost:
+            found[row["arm"]].setdefault(row["seed"], []).append(row[measure])
+    if complete:
+        common = set[int].intersection(*map(set, found.values()))
+        found = {arm: {s: runs[s] for s in runs if s in common} for arm, runs in found.items()}
+    return {arm: list(runs.values()) for arm, runs in found.items()}
+
+
+def mean_trials(records: list[Row], measures: Iterable[str], **equal: Any) -> list[dict[str, Any]]:
+    """Return a row per tuning trial, its measures averaged over the tuning seeds.
+
+    Args:
+        records: with the table "trial".
+        measures: its columns to average; None where a training of the trial has none.
+        equal: columns and their values in the rows to choose.
+    """
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in table(records, "trial", **equal):
+        found.setdefault(row["trial"], []).append(row)
+    means = []
+    for rows in found.values():
+        columns = {name: [row[name] for row in rows] for name in measures}
+        averaged = {k: None if None in values else fmean(values) for k, values in columns.items()}
+        means.append({**rows[0], **averaged})
+    return means
+
+
+def paired_changes(
+    rows: Sequence[Mapping[str, Any]], measure: str, base: str, other: str, *, ratio: bool = False
+) -> list[float]:
+    """Return other - base or other / base of a measure of two arms, for every seed with both."""
+    pair = by_seed(rows, measure, (base, other))
+    both = zip(pair[base], pair[other], strict=True)
+    return [b / a if ratio else b - a for a, b in both]
 
 
 def curves(ax: Axes, arms: Mapping[str, Curves]) -> None:
@@ -79,14 +112,15 @@ def curves(ax: Axes, arms: Mapping[str, Curves]) -> None:
         draw_seeds(ax, seeds, color, arm)
 
 
-def differences(ax: Axes, pairs: Curves) -> None:
-    """Draw paired differences around a zero line."""
+def differences(ax: Axes, base: Curves, other: Curves) -> None:
+    """Draw other - base, seed by seed and epoch by epoch, around a zero line."""
     ax.axhline(0, color=INK, linewidth=0.9)
+    pairs = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(base, other, strict=False)]
     draw_seeds(ax, pairs, "#5a4a78", "mean")
 
 
 def draw_seeds(ax: Axes, seeds: Curves, color: str, name: str) -> None:
-    """Draw curves and their mean."""
+    """Draw curves over the epochs, thin, and their mean, thick."""
     for values in seeds:
         ax.plot(range(len(values)), values, color=color, linewidth=0.8, alpha=0.35)
     if len(seeds):
@@ -179,7 +213,7 @@ def trials(ax: Axes, x: Sequence[float], y: Sequence[float], arm: int, name: str
 
 
 def level(ax: Axes, value: float, arm: int, name: str) -> None:
-    """Draw a horizontal line to compare with."""
+    """Draw a dashed horizontal line to compare with, in the colour of an arm."""
     ax.axhline(value, color=COLORS[arm % len(COLORS)], linestyle="--", linewidth=1.2, label=name)
 
 

@@ -44,6 +44,7 @@ def lam(arm: str) -> str:
 def training_comparison(records: list[Row], finals: list[dict[str, Any]]) -> Figure:
     """Draw accuracy, loss and flatness per epoch, and the final test accuracy."""
     figure, axes = plots.new_figure(4, width=4.9, columns=2)
+    arms = dict.fromkeys(row["arm"] for row in table(records, "final"))
     held_out = held_out_name(records)
     panels = [
         ("accuracy", f"{held_out.capitalize()} accuracy", ""),
@@ -51,7 +52,7 @@ def training_comparison(records: list[Row], finals: list[dict[str, Any]]) -> Fig
         ("flatness", "Flatness: Tr(H²)/B of train batches, fresh probes", ""),
     ]
     for ax, (column, title, unit) in zip(axes, panels, strict=False):
-        curves = seed_curves(records, column)
+        curves = plots.seed_curves(records, column, arms)
         plots.curves(ax, {lam(arm): seeds for arm, seeds in curves.items()})
         values = [v for seeds in curves.values() for curve in seeds for v in curve if v > 0]
         if column != "accuracy":
@@ -86,17 +87,6 @@ def final_panel(ax: Axes, records: list[Row], finals: list[dict[str, Any]]) -> N
     plots.label(ax, "Test accuracy after training")
 
 
-def seed_curves(records: list[Row], column: str) -> dict[str, list[list[float]]]:
-    """Return a column per epoch for every training that did not diverge."""
-    ended = {(row["arm"], row["seed"]) for row in table(records, "final", diverged=False)}
-    finals = table(records, "final")
-    found: dict[str, dict[Any, list[float]]] = {row["arm"]: {} for row in finals}
-    for row in table(records, "epoch"):
-        if (row["arm"], row["seed"]) in ended:
-            found[row["arm"]].setdefault(row["seed"], []).append(row[column])
-    return {arm: list(seeds.values()) for arm, seeds in found.items()}
-
-
 def comparison(finals: list[dict[str, Any]]) -> Figure:
     """Draw the paired changes of test accuracy and of Tr(H^2), with their intervals."""
     arms = list(dict.fromkeys(row["arm"] for row in finals))
@@ -107,13 +97,12 @@ def comparison(finals: list[dict[str, Any]]) -> Figure:
         (right, flat_measure(finals), "Tr(H²) on the train split, over that of λ = 0"),
     ):
         found = compared(finals, arms, measure)
-        changes: dict[str, list[float]] = {}
-        for arm in others:
-            pair = by_seed(finals, measure, (BASELINE, arm))
-            pairs = list(zip(pair[BASELINE], pair[arm], strict=True))
-            ratio = found[arm]["kind"] == "ratio"
-            changes[lam(arm)] = [b / a if ratio else b - a for a, b in pairs]
-        ratio = any(result["kind"] == "ratio" for result in found.values())
+        ratios = {arm: result["kind"] == "ratio" for arm, result in found.items()}
+        changes = {
+            lam(arm): plots.paired_changes(finals, measure, BASELINE, arm, ratio=ratios[arm])
+            for arm in others
+        }
+        ratio = any(ratios.values())
         plots.forest(ax, changes, {lam(a): r for a, r in found.items()}, 1.0 if ratio else 0.0)
         if ratio:
             plots.log_axis(ax, "x", [1.0, *(v for values in changes.values() for v in values)])

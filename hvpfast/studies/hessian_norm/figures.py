@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, by_seed, table
+from hvpfast.lab.report.compare import LEVEL, known, table
 from hvpfast.lab.report.words import count, percent
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared, grid_values
@@ -28,7 +27,8 @@ def validation_curves(records: list[Row]) -> Figure:
     """Draw validation loss and accuracy per epoch, and the paired difference of the losses."""
     names = ("baseline", "penalised")
     losses, accuracies = (
-        seed_curves(records, names, f"val_{what}") for what in ("loss", "accuracy")
+        plots.seed_curves(records, measure, names, complete=True)
+        for measure in ("val_loss", "val_accuracy")
     )
     figure, (left, middle, right) = plots.new_figure(3)
     plots.curves(left, losses)
@@ -36,30 +36,13 @@ def validation_curves(records: list[Row]) -> Figure:
     plots.label(left, "Validation loss", "epoch", "cross-entropy")
     plots.curves(middle, accuracies)
     plots.label(middle, "Validation accuracy", "epoch")
-    pairs = zip(losses["baseline"], losses["penalised"], strict=True)
-    changes = [[b - a for a, b in zip(base, other, strict=True)] for base, other in pairs]
-    plots.differences(right, changes)
+    plots.differences(right, losses["baseline"], losses["penalised"])
     plots.label(right, "Validation loss, penalised minus baseline", "epoch")
-    seeds = count(len(changes), "paired seed")
+    seeds = count(len(losses["baseline"]), "paired seed")
     plots.caption(
         figure, f"Thin: {seeds}; thick: mean. Right: the penalised arm is better below zero."
     )
     return figure
-
-
-def seed_curves(
-    records: list[Row], names: tuple[str, ...], measure: str
-) -> dict[str, list[list[float]]]:
-    """Return a measure per epoch for every seed from which none of the arms diverged."""
-    epochs, lost = table(records, "epoch"), table(records, "final", diverged=True)
-    seeds = dict.fromkeys(row["seed"] for row in epochs)
-    for row in lost:
-        if row["arm"] in names:
-            seeds.pop(row["seed"], None)
-    return {
-        arm: [[r[measure] for r in epochs if (r["arm"], r["seed"]) == (arm, s)] for s in seeds]
-        for arm in names
-    }
 
 
 def arms(records: list[Row]) -> Figure:
@@ -76,9 +59,8 @@ def arms(records: list[Row]) -> Figure:
     pairs, found = {}, {}
     for name in COMPARED:
         base = ARMS[name].base
-        seeds = by_seed(finals, "test_loss", (base, name))
         title = f"{titles[name]}\nagainst {titles[base]}"
-        pairs[title] = [b - a for a, b in zip(seeds[base], seeds[name], strict=True)]
+        pairs[title] = plots.paired_changes(finals, "test_loss", base, name)
         found[title] = compared(finals, name, "test_loss")
     figure, (left, middle, right) = plots.new_figure(3, width=5.0, height=4.8)
     plots.dots(left, losses)
@@ -110,12 +92,12 @@ def tuning(records: list[Row]) -> Figure:
     names = list(ARMS)
     for ax, (label, (stage, shown, grid)) in zip(axes, panels.items(), strict=True):
         for arm in shown:
-            trials = mean_trials(records, stage, arm)
+            trials = known_trials(records, stage, arm)
             column = "learning_rate" if stage == "rate" else "strength"
             x, y = [t[column] for t in trials], [t["val_loss"] for t in trials]
             plots.trials(ax, x, y, names.index(arm), ARMS[arm].title)
         for base in dict.fromkeys(ARMS[arm].base for arm in shown if stage == "strength"):
-            lowest = min(t["val_loss"] for t in mean_trials(records, "rate", base))
+            lowest = min(t["val_loss"] for t in known_trials(records, "rate", base))
             plots.level(ax, lowest, names.index(base), f"best {ARMS[base].title}")
         plots.log_axis(ax, "x", grid_values(config[grid]))
         plots.legend(ax)
@@ -127,13 +109,7 @@ def tuning(records: list[Row]) -> Figure:
     return figure
 
 
-def mean_trials(records: list[Row], stage: str, arm: str) -> list[dict[str, Any]]:
-    """Return a row per tuning trial that did not diverge, its loss averaged over the seeds."""
-    trials: dict[int, list[dict[str, Any]]] = {}
-    for row in table(records, "trial", arm=arm, stage=stage):
-        trials.setdefault(row["trial"], []).append(row)
-    return [
-        {**rows[0], "val_loss": fmean(row["val_loss"] for row in rows)}
-        for rows in trials.values()
-        if all(row["val_loss"] is not None for row in rows)
-    ]
+def known_trials(records: list[Row], stage: str, arm: str) -> list[dict[str, Any]]:
+    """Return a row per tuning trial without a diverged training; its loss is the seeds' mean."""
+    trials = plots.mean_trials(records, ["val_loss"], arm=arm, stage=stage)
+    return [trial for trial in trials if known(trial, "val_loss")]

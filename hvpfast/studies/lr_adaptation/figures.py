@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, by_seed, table
+from hvpfast.lab.report.compare import LEVEL, by_seed, known, table
 from hvpfast.lab.report.words import (
     change,
     count,
@@ -65,21 +64,11 @@ def figures(records: list[Row]) -> dict[str, Figure]:
     }
 
 
-def seed_curves(records: list[Row], arm: str) -> list[list[float]]:
-    """Return the validation losses per epoch of every final run of an arm that did not diverge."""
-    lost = {row["seed"] for row in table(records, "final", arm=arm, diverged=True)}
-    found: dict[int, list[float]] = {}
-    for row in table(records, "epoch", arm=arm):
-        if row["seed"] not in lost:
-            found.setdefault(row["seed"], []).append(row["val_loss"])
-    return list(found.values())
-
-
 def curves(records: list[Row]) -> Figure:
     """Draw the validation loss per epoch, mean and quartiles over seeds, in three panels."""
     config = table(records, "config")[0]
     figure, axes = plots.new_figure(3, width=4.4)
-    found = {arm: np.asarray(seed_curves(records, arm)) for arm in ARMS}
+    found = {a: np.asarray(v) for a, v in plots.seed_curves(records, "val_loss", ARMS).items()}
     known = [runs.mean(axis=0) for runs in found.values() if len(runs)]
     low = min([*(mean.min() for mean in known), config["target_loss"]])
     high = max(np.median([mean[min(1, len(mean) - 1)] for mean in known]), low + 0.1)
@@ -137,11 +126,9 @@ def differences(records: list[Row]) -> Figure:
     for ax, claim in zip(axes, claims, strict=True):
         found = {ARMS[arm]: compared(finals, claim, "adam", arm) for arm in arms}
         ratio = any(result["kind"] == "ratio" for result in found.values())
-        pairs = {}
-        for arm in arms:
-            base, other = by_seed(finals, claim, ("adam", arm)).values()
-            both = zip(base, other, strict=True)
-            pairs[ARMS[arm]] = [b / a if ratio else b - a for a, b in both]
+        pairs = {
+            ARMS[arm]: plots.paired_changes(finals, claim, "adam", arm, ratio=ratio) for arm in arms
+        }
         plots.forest(ax, pairs, found, zero=1.0 if ratio else 0.0)
         if ratio:
             plots.log_axis(ax, "x", [v for values in pairs.values() for v in values])
@@ -171,16 +158,17 @@ def tuning(records: list[Row]) -> Figure:
     figure, (left, right) = plots.new_figure(2, width=6.0, height=4.4)
     reached = table(records, "trivial")[0]["test_loss"]
     for arm in ARMS:
-        points = mean_trials(records, arm)
-        rates = [rate for rate, loss, _ in points if loss is not None]
-        losses = [loss for _, loss, _ in points if loss is not None]
+        points = plots.mean_trials(records, ["val_loss", "steps_to_target"], arm=arm)
+        finite = [point for point in points if known(point, "val_loss")]
+        rates, losses = ([p[k] for p in finite] for k in ("learning_rate", "val_loss"))
         left.plot(rates, losses, "o-", color=COLOR[arm], markersize=4, lw=1.3, label=ARMS[arm])
         if chosen[arm] in rates:
             best = losses[rates.index(chosen[arm])]
             left.plot([chosen[arm]], [best], "o", color=COLOR[arm], markersize=11, mfc="none")
-        steps = [(rate, num) for rate, _, num in points if num is not None]
-        if steps:
-            right.plot(*zip(*steps, strict=True), "o-", color=COLOR[arm], markersize=4, lw=1.3)
+        reaching = [point for point in points if known(point, "steps_to_target")]
+        if reaching:
+            x, y = ([p[k] for p in reaching] for k in ("learning_rate", "steps_to_target"))
+            right.plot(x, y, "o-", color=COLOR[arm], markersize=4, lw=1.3)
     lowest = min([float(np.min(line.get_ydata())) for line in left.lines], default=0.0)
     left.set_ylim(lowest - 0.05 * (reached - lowest), reached * 1.05)
     for ax in (left, right):
@@ -196,21 +184,6 @@ def tuning(records: list[Row]) -> Figure:
         "and divergence are not drawn.",
     )
     return figure
-
-
-def mean_trials(records: list[Row], arm: str) -> list[tuple[float, float | None, float | None]]:
-    """Return (learning rate, mean loss, mean steps to the target) of every trial, or None."""
-    found: dict[float, list[dict[str, Any]]] = {}
-    for row in table(records, "trial", arm=arm):
-        found.setdefault(row["learning_rate"], []).append(row)
-    return [(rate, mean_of(rows, "val_loss"), mean_of(rows, "steps_to_target"))
-            for rate, rows in found.items()]  # fmt: skip
-
-
-def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Return the mean of a column, None where a row has none."""
-    values = [row[name] for row in rows]
-    return None if None in values else fmean(values)
 
 
 def proxies(records: list[Row]) -> Figure:
@@ -313,16 +286,14 @@ def seeds_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def repeated_curves(records: list[Row]) -> Figure:
     """Draw the curves of both arms' final runs over all repeats, and the paired differences."""
-    found = {"Adam": seed_curves(records, "adam"), "wrapper": seed_curves(records, "difference")}
+    adam, wrapper = plots.seed_curves(records, "val_loss", STUDIED).values()
     figure, (left, right) = plots.new_figure(2, width=5.0)
-    plots.curves(left, found)
+    plots.curves(left, {"Adam": adam, "wrapper": wrapper})
     plots.legend(left)
     plots.label(left, "Loss on the test split", "epoch", "cross-entropy")
-    both = zip(*found.values(), strict=False)
-    changes = [[b - a for a, b in zip(*pair, strict=True)] for pair in both]
-    plots.differences(right, changes)
+    plots.differences(right, adam, wrapper)
     plots.label(right, "Wrapper minus Adam", "epoch")
-    repeats = count(len(changes), "repeat")
+    repeats = count(min(len(adam), len(wrapper)), "repeat")
     plots.caption(figure, f"Thin: {repeats} of the whole protocol; thick: mean. Right: the wrapper "
                           "is better below zero.")  # fmt: skip
     return figure
