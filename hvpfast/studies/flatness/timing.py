@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import hvpfast as hf
 from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure.timing import estimate, interleave
+from hvpfast.lab.measure.torch_baseline import squared_products
 from hvpfast.studies.flatness.train import Network, step_gradient
 
 if TYPE_CHECKING:
@@ -57,13 +58,9 @@ def torch_gradient(
     if rows is None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), loss.new_zeros(())
-    grads = torch.autograd.grad(loss, params, create_graph=True)
-    penalty = loss.new_zeros(())
-    for row in rows:
-        parts = row.split([p.numel() for p in params])
-        slope = sum((g.reshape(-1) @ v for g, v in zip(grads, parts, strict=True)), penalty * 0)
-        products = torch.autograd.grad(slope, params, create_graph=True)
-        penalty = penalty + torch.stack([p.square().sum() for p in products]).sum() / len(rows)
+    parts = [row.split([p.numel() for p in params]) for row in rows]
+    probes = [[v.view_as(p) for v, p in zip(part, params, strict=True)] for part in parts]
+    penalty = squared_products(loss, params, probes)
     (loss + weight * penalty).backward()  # type: ignore[no-untyped-call]
     return loss.detach(), penalty.detach()
 

@@ -1,8 +1,8 @@
 """The Hessian-norm study's trainings by torch autograd alone: what they cost without the library.
 
-The same networks, batches and optimizer as in ``hessian_norm_training.py``; the penalty is a double
-backward, differentiated once more, with probes from torch's generator. ||H||_F^2 of a trained
-network is the sum of ||H e_i||^2 over all parameters, with vectorised products.
+Networks, batches and optimizer are those of ``train.py``. The penalty is a double backward,
+differentiated once more, with probes from torch's generator. ||H||_F^2 of a trained network is the
+sum of ||H e_i||^2 over all parameters, by vectorised products.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvpfast.lab.data.splits import Data, Split
+from hvpfast.lab.measure.torch_baseline import squared_products
 from hvpfast.lab.measure.training import score
 from hvpfast.studies.hessian_norm.train import Setting, Shape, batches, initial
 
 COLUMNS = 32
-"""Products that are vectorised together when a whole Hessian is measured."""
+"""Products that are vectorised together where the whole Hessian is needed."""
 
 
 def torch_rows(
@@ -57,7 +58,7 @@ def train_by_torch(
     seed: int,
     max_steps: int | None = None,
 ) -> nn.Sequential:
-    """Return a network trained like `train` does, for so many steps at most."""
+    """Return a network trained as `train` does it, for at most `max_steps` steps."""
     model = initial(shape, data, setting.activation, purpose, seed).to_sequential()
     params = list(model.parameters())
     decay = setting.strength if setting.method == "plain" else 0.0
@@ -85,12 +86,10 @@ def train_by_torch(
 
 
 def penalty(loss: Tensor, params: list[nn.Parameter], probe_seed: int) -> Tensor:
-    """Return ||H v||^2 with a graph, for Rademacher probes v."""
+    """Return ||H v||^2 with a graph, v a Rademacher probe from torch's generator."""
     random = torch.Generator().manual_seed(probe_seed)
-    probes = [torch.randint(2, p.shape, generator=random).to(p.dtype) * 2 - 1 for p in params]
-    grads = torch.autograd.grad(loss, params, create_graph=True)
-    products = torch.autograd.grad(grads, params, probes, create_graph=True)
-    return torch.stack([product.square().sum() for product in products]).sum()
+    probe = [torch.randint(2, p.shape, generator=random).to(p.dtype) * 2 - 1 for p in params]
+    return squared_products(loss, params, [probe])
 
 
 def sharpness_step(
