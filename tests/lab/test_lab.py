@@ -16,14 +16,9 @@ from scipy import stats
 import hvpfast as hf
 from hvpfast.lab.data import mnist1d, splits
 from hvpfast.lab.measure import tuning
-from hvpfast.lab.measure.training import (
-    Diverged,
-    constant_prediction,
-    curvature,
-    exact_curvature,
-    linear_prediction,
-    linearize,
-)
+from hvpfast.lab.measure.curvature import curvature, exact_curvature
+from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
+from hvpfast.lab.measure.training import Diverged, linearize
 from hvpfast.lab.report import compare, words
 from hvpfast.lab.report.statistics import (
     NUM_FLIPS,

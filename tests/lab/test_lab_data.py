@@ -19,7 +19,7 @@ import torch
 
 from hvpfast.lab.data import datasets, image_files
 from hvpfast.lab.data.splits import Arrays, Data, three_way
-from hvpfast.lab.measure.training import linear_prediction
+from hvpfast.lab.measure.predictors import linear_prediction
 from hvpfast.lab.runs.folder import StudyError
 
 SMALL = Arrays(

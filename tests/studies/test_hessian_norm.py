@@ -16,7 +16,7 @@ from torch import nn
 
 import hvpfast as hf
 from hvpfast.lab.data import splits
-from hvpfast.lab.measure.training import exact_curvature
+from hvpfast.lab.measure.curvature import exact_curvature
 from hvpfast.lab.runs.config import field_docs
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.run import run

@@ -54,6 +54,11 @@ class Data:
         """Columns with the number of samples: num_train, num_val, num_test."""
         return {f"num_{name}": len(split.y) for name, split in self.splits.items()}
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """Row of the table "data"."""
+        return {"table": "data", "dataset": self.name, **self.sizes, "check": self.check}
+
 
 @dataclass(frozen=True)
 class Arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torch import nn
 from hvpfast.lab.data import datasets, image_files
 from hvpfast.lab.data.splits import Data, Split, three_way
 from hvpfast.lab.runs.folder import StudyError
-
-if TYPE_CHECKING:
-    from hvpfast.studies.flatness.config import Config
+from hvpfast.studies.flatness.config import Config
 
 HELD_OUT = 0.2
 """Part of the samples that is held out of training."""
@@ -132,8 +130,8 @@ def own_splits(given: Any, dtype: torch.dtype) -> Data:
 
 def check_labels(data: Data) -> None:
     """Raise where a split is empty or a label is not a class."""
-    for name in ("train", "val", "test"):
-        y = getattr(data, name).y
+    for name, split in data.splits.items():
+        y = split.y
         if len(y) == 0 or int(y.min()) < 0 or int(y.max()) >= data.num_classes:
             raise StudyError(
                 f"the {name} split must have samples, of classes 0 to {data.num_classes - 1}; got "

@@ -35,7 +35,7 @@ from torch import nn
 
 from hvpfast import MLPSpec
 from hvpfast.lab.data.splits import Data, fold
-from hvpfast.lab.measure.training import constant_prediction, linear_prediction
+from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
@@ -114,10 +114,9 @@ def steps_rows(config: Config, data: Data, make: Make) -> Iterator[dict[str, Any
 
 def data_rows(own: Custom, data: Data) -> Iterator[dict[str, Any]]:
     """Describe the data, and score the predictors that any network has to beat."""
-    sizes = {f"num_{name}": len(getattr(data, name).y) for name in ("train", "val", "test")}
     shape = "x".join(map(str, data.train.x.shape[1:]))
     facts = {"dataset": data.name, "inputs": shape, "num_classes": data.num_classes}
-    facts |= {**sizes, "held_out_is_test": data.val is data.test, "check": data.check}
+    facts |= {**data.sizes, "held_out_is_test": data.val is data.test, "check": data.check}
     yield {"table": "data", **facts, "own_network": own.model is not None}
     flat = flattened(data)
     yield {"table": "constant", **constant_prediction(flat)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,21 +14,16 @@ import hvpfast as hf
 from hvpfast.analysis import landscape
 from hvpfast.analysis.estimators import frobenius_sq
 from hvpfast.lab.data.splits import Data, Split, fold
-from hvpfast.lab.measure.training import score
+from hvpfast.lab.measure import training
+from hvpfast.studies.flatness.config import Config
 from hvpfast.studies.flatness.train import Network
-
-if TYPE_CHECKING:
-    from hvpfast.studies.flatness.config import Config
-
 
 Operator = TypeVar("Operator", hf.HessianOperator, hf.GGNOperator)
 
 
 def scores(model: nn.Module, data: Data) -> dict[str, Any]:
     """Return losses and accuracies, and which test samples are classified rightly, as hex bits."""
-    found: dict[str, Any] = {}
-    for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
-        found[f"{name}_loss"], found[f"{name}_accuracy"] = score(model, split)
+    found = training.scores(model, data)
     found["gap"] = found["test_loss"] - found["train_loss"]
     with torch.no_grad():
         right = model(data.test.x).argmax(1) == data.test.y

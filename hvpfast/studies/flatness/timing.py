@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,8 @@ import hvpfast as hf
 from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure.timing import estimate, interleave
 from hvpfast.lab.measure.torch_baseline import squared_products
+from hvpfast.studies.flatness.config import Config
 from hvpfast.studies.flatness.train import Network, step_gradient
-
-if TYPE_CHECKING:
-    from hvpfast.studies.flatness.config import Config
 
 METHODS = ("plain", "penalised", "torch-plain", "torch-penalised")
 WEIGHT = 0.01

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,7 @@ from torch import nn
 import hvpfast as hf
 from hvpfast.lab.data.splits import Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize, score
-
-if TYPE_CHECKING:
-    from hvpfast.studies.flatness.config import Config
+from hvpfast.studies.flatness.config import Config
 
 FLATNESS_BATCHES = 4
 """Fixed train batches on which the flatness of an epoch is estimated."""

@@ -32,12 +32,9 @@ import torch
 import hvpfast as hf
 from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS, mnist1d
 from hvpfast.lab.data.splits import Data
-from hvpfast.lab.measure.training import (
-    constant_prediction,
-    exact_curvature,
-    linear_prediction,
-    score,
-)
+from hvpfast.lab.measure.curvature import exact_curvature
+from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
+from hvpfast.lab.measure.training import scores
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.progress import Cell, Task
@@ -97,9 +94,9 @@ def trial_rows(
     for seed in config.tune_seeds:
         trained = train(shape_of(config), data, setting, "tune", seed)
         last = {} if trained.diverged else trained.epochs[-1]
-        scores = {name: last.get(name) for name in ("val_loss", "val_accuracy")}
+        reached = {name: last.get(name) for name in ("val_loss", "val_accuracy")}
         head = {"table": "trial", "stage": stage, "arm": arm, "trial": number, "seed": seed}
-        yield {**head, **columns(setting), **scores}
+        yield {**head, **columns(setting), **reached}
 
 
 def columns(setting: Setting) -> dict[str, Any]:
@@ -176,8 +173,7 @@ def final_rows(
     final |= {"activation": setting.activation, "diverged": trained.diverged}
     if not trained.diverged:
         model = trained.model
-        for name, split in (("train", data.train), ("val", data.val), ("test", data.test)):
-            final[f"{name}_loss"], final[f"{name}_accuracy"] = score(model, split)
+        final |= scores(model, data)
         final["gap"] = final["test_loss"] - final["train_loss"]
         start = time.perf_counter()
         final |= exact_curvature(model, data.train, config.backend)
@@ -192,11 +188,9 @@ def final_rows(
 
 def data_rows(config: Config, data: Data) -> Iterator[dict[str, Any]]:
     """Describe data and networks, and score what needs no network."""
-    sizes = {f"num_{name}": len(getattr(data, name).y) for name in ("train", "val", "test")}
     spec = hf.MLPSpec(shape_of(config).sizes)
     network = {"sizes": "-".join(map(str, spec.sizes)), "num_params": spec.num_params}
-    row = {"table": "data", "dataset": data.name, **sizes, "check": data.check, **network}
-    yield {**row, "backend": config.backend}
+    yield {**data.row, **network, "backend": config.backend}
     yield {"table": "trivial", "predictor": "class frequencies", **constant_prediction(data)}
     if config.protocol == "sound":
         yield {"table": "trivial", "predictor": "linear", **linear_prediction(data)}

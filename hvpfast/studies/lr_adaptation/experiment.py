@@ -36,7 +36,8 @@ import torch
 
 from hvpfast.lab.data.mnist1d import mnist1d
 from hvpfast.lab.data.splits import Data, fold
-from hvpfast.lab.measure.training import constant_prediction, linear_prediction, score
+from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
+from hvpfast.lab.measure.training import score
 from hvpfast.lab.measure.tuning import Point, minimise
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row, StudyError
@@ -194,8 +195,7 @@ def repeat_rows(config: Config, data: Data, arm: str, seed: int) -> Iterator[dic
 
 def data_rows(data: Data) -> Iterator[dict[str, Any]]:
     """Describe the data, and score a constant and the best linear prediction."""
-    sizes = {f"num_{name}": len(getattr(data, name).y) for name in ("train", "val", "test")}
-    yield {"table": "data", "dataset": data.name, **sizes, "check": data.check}
+    yield data.row
     yield {"table": "trivial", **constant_prediction(data)}
     yield {"table": "linear", **linear_prediction(data)}
 

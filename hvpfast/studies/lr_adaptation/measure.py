@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,8 @@ from hvpfast.lab.data.splits import Data, Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize
 from hvpfast.optim import HessianLRAdaptation
 from hvpfast.optim.diagonals import exact_diagonal
+from hvpfast.studies.lr_adaptation.config import Config
 from hvpfast.studies.lr_adaptation.train import batches, make_optimizer, new_model, spec, take_step
-
-if TYPE_CHECKING:
-    from hvpfast.studies.lr_adaptation.config import Config
 
 ADAMS = ("adam", "adam-0.99", "adam-0.9")
 PROXIES = (*ADAMS, "difference", "secant", "hutchinson", "exact")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -18,9 +18,7 @@ from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS
 from hvpfast.lab.data.splits import Data, Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize, score
 from hvpfast.optim import AdaHessian, HessianLRAdaptation
-
-if TYPE_CHECKING:
-    from hvpfast.studies.lr_adaptation.config import Config
+from hvpfast.studies.lr_adaptation.config import Config
 
 Stream = tuple[str | int, ...]
 """Name of a random stream."""

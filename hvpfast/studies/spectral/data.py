@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,7 @@ from hvpfast.lab.data.datasets import load_digits, resized
 from hvpfast.lab.data.image_files import load_mnist
 from hvpfast.lab.data.splits import Arrays, Data, three_way
 from hvpfast.lab.measure.training import Diverged
-
-if TYPE_CHECKING:
-    from hvpfast.studies.spectral.config import Config
+from hvpfast.studies.spectral.config import Config
 
 NUM_INPUTS, NUM_CLASSES = 784, 10
 MNIST_MEAN_STD = (0.1307, 0.3081)

@@ -16,18 +16,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.studies.spectral import artefacts as files
+from hvpfast.studies.spectral.config import Config
 from hvpfast.studies.spectral.data import BASIS_BYTES, NUM_CLASSES, Problem, pieces, scores
 from hvpfast.studies.spectral.train import COLLAPSED_SPREAD, decay_of, seed_of
-
-if TYPE_CHECKING:
-    from hvpfast.studies.spectral.config import Config
 
 TOP = NUM_CLASSES
 """Eigenvectors of the subspace that neighbouring lambdas are compared in, at most."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ import hvpfast as hf
 from hvpfast.lab.data.splits import fold, generator
 from hvpfast.lab.measure.training import Diverged
 from hvpfast.lab.runs.folder import StudyError
+from hvpfast.studies.spectral.config import Config
 from hvpfast.studies.spectral.data import NUM_CLASSES, Problem, scores
-
-if TYPE_CHECKING:
-    from hvpfast.studies.spectral.config import Config
 
 HISTORY = 20
 """Pairs that the quasi-Newton polish remembers."""
