@@ -1,4 +1,4 @@
-"""From records to named numbers, and to the words that reports print them with."""
+"""From records to named numbers: rows of a table, and arms compared seed by seed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def table(records: list[Row], name: str, **equal: Any) -> list[dict[str, Any]]:
 def facts(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without the columns that only file it."""
     return {k: v for k, v in row.items() if k not in ("table", "cell")}
+
+
+def first_facts(records: list[Row], name: str) -> dict[str, Any]:
+    """Return the `facts` of the first row of a table."""
+    return facts(table(records, name)[0])
+
+
+def grid_values(column: str | float | int) -> list[float]:
+    """Return the numbers of a grid from its column in the configuration's row."""
+    return [float(word) for word in str(column).split()]
 
 
 def by_seed(
@@ -69,6 +79,14 @@ def compare(base: Sequence[float], other: Sequence[float], ratio: bool = False) 
         "evidence": found.evidence,
         "verdict": direction if found.evidence else "no evidence of a difference",
     }
+
+
+def compare_arms(
+    rows: Sequence[Mapping[str, Any]], measure: str, base: str, other: str, ratio: bool = False
+) -> dict[str, Any]:
+    """Compare two arms in one measure, paired by seed."""
+    values = by_seed(rows, measure, (base, other))
+    return compare(values[base], values[other], ratio)
 
 
 def holm_correct(comparisons: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hvpfast.lab.report import words
 
+FILTERS = (
+    words.number, words.percent, words.spread, words.change, words.effect, words.interval,
+    words.p_value, words.count,
+)  # fmt: skip
+
 
 def table(
     names: Sequence[str], lines: Iterable[Sequence[str]], words_in: Sequence[str] = ()
@@ -18,24 +23,25 @@ def table(
     return "\n".join([words.table_head(names, words_in), *(words.table_line(*l) for l in lines)])
 
 
-def render(path: Path, **names: Any) -> str:
-    """Return the Markdown of a template, its paragraphs and list items wrapped.
-
-    Templates have the functions of ``words.py`` (number, percent, spread, change, interval,
-    p_value, count) as filters and as functions, and `table`. A name that is missing is an error.
-    """
-    environment = Environment(
-        loader=FileSystemLoader(path.parent),
+def environment(folder: Path) -> Environment:
+    """Return what renders the templates of a folder; they can import ``macros.md.jinja``."""
+    found = Environment(
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,  # Markdown, from the study's own findings
     )
-    functions = (
-        words.number, words.percent, words.spread, words.change, words.interval, words.p_value,
-        words.count,
-    )  # fmt: skip
-    known = {function.__name__: function for function in functions}
-    environment.filters.update(known)
-    environment.globals.update({**known, "table": table, "NONE": words.NONE})
-    return words.wrap(environment.get_template(path.name).render(names))
+    functions = {function.__name__: function for function in FILTERS}
+    found.filters.update(functions)
+    found.globals.update({**functions, "table": table, "NONE": words.NONE})
+    return found
+
+
+def render(path: Path, **names: Any) -> str:
+    """Return the Markdown of a template, its paragraphs and list items wrapped.
+
+    Templates have the functions of ``words.py`` (number, percent, spread, change, effect, interval,
+    p_value, count) as filters and as functions, and `table`. A name that is missing is an error.
+    """
+    return words.wrap(environment(path.parent).get_template(path.name).render(names))

@@ -39,6 +39,11 @@ def change(value: float | None, kind: str) -> str:
     return f"×{value:.3g}" if kind == "ratio" else f"{value:+.4f}"
 
 
+def effect(found: Mapping[str, Any]) -> str:
+    """Return the mean of a `compare`: a difference with its sign, or a ratio with a cross."""
+    return change(found["mean"], found["kind"])
+
+
 def interval(found: Mapping[str, Any], prefix: str = "") -> str:
     """Return Student's interval of a `compare` in brackets; with "boot_" the bootstrap's."""
     low, high = (found[prefix + end] for end in ("low", "high"))

@@ -44,14 +44,14 @@ from hvpfast.studies.hessian_norm import published as published
 from hvpfast.studies.hessian_norm.config import PRESETS, Config
 from hvpfast.studies.hessian_norm.figures import figures
 from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings, headline
-from hvpfast.studies.hessian_norm.report import (
+from hvpfast.studies.hessian_norm.progress import (
     describe_data,
     describe_final,
     describe_torch,
     describe_trial,
     mean_loss,
-    report,
 )
+from hvpfast.studies.hessian_norm.report import report
 from hvpfast.studies.hessian_norm.torch_baseline import torch_rows
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, known, table
+from hvpfast.lab.report.compare import LEVEL, grid_values, known, table
 from hvpfast.lab.report.words import count, percent
 from hvpfast.lab.runs.folder import Row
-from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared, grid_values
+from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

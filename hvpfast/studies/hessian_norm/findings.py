@@ -8,20 +8,16 @@ from math import fsum
 from statistics import fmean, median
 from typing import Any
 
+from hvpfast.lab.report import words
 from hvpfast.lab.report.compare import (
     LEVEL,
-    by_seed,
-    compare,
+    compare_arms,
     facts,
+    first_facts,
+    grid_values,
     holm_correct,
     summary,
     table,
-)
-from hvpfast.lab.report.words import (
-    change,
-    count,
-    interval,
-    percent,
 )
 from hvpfast.lab.runs.folder import Row
 
@@ -75,16 +71,17 @@ NOT_SHARED = ("arm", "cell", "strength", "batch_penalty", "ggn_fro2", "ggn_trace
 """Columns that placebo and baseline do not have in common."""
 CLAIMED = {"baseline": 1.2143, "penalised": 1.0462}
 """Final losses of the published claim, on the split that it was tuned on."""
+CLAIMED_GAP = CLAIMED["penalised"] - CLAIMED["baseline"]
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     """Return every number of the report, named."""
-    finals, config = table(records, "final"), facts(table(records, "config")[0])
+    finals, config = table(records, "final"), first_facts(records, "config")
     against = {arm: compared(finals, arm, "test_loss") for arm in COMPARED}
     return {
         "protocol": "sound",
         "config": config,
-        "data": facts(table(records, "data")[0]),
+        "data": first_facts(records, "data"),
         "trivial": {row["predictor"]: facts(row) for row in table(records, "trivial")},
         "level": LEVEL,
         "num_seeds": len({row["seed"] for row in finals}),
@@ -96,15 +93,13 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
         "placebo": placebo(records),
         "cost": cost(records, timings),
         "equal_time": equal_time(records, timings),
-        "claimed": CLAIMED["penalised"] - CLAIMED["baseline"],
+        "claimed": CLAIMED_GAP,
     }
 
 
 def compared(finals: list[dict[str, Any]], arm: str, measure: str) -> dict[str, Any]:
     """Compare an arm with its baseline in one measure of the final runs, paired by seed."""
-    base = ARMS[arm].base
-    found = by_seed(finals, measure, (base, arm))
-    return compare(found[base], found[arm], ratio=measure in RATIOS)
+    return compare_arms(finals, measure, ARMS[arm].base, arm, ratio=measure in RATIOS)
 
 
 def arm_findings(records: list[Row], config: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -133,14 +128,9 @@ def arm_findings(records: list[Row], config: Mapping[str, Any], arm: str) -> dic
     }
 
 
-def grid_values(words: str | float | int) -> list[float]:
-    """Return a grid from its column in the configuration's row."""
-    return [float(word) for word in str(words).split()]
-
-
-def ends(words: str | float | int) -> tuple[float, float]:
+def ends(column: str | float | int) -> tuple[float, float]:
     """Return both ends of a grid."""
-    values = grid_values(words)
+    values = grid_values(column)
     return min(values), max(values)
 
 
@@ -226,8 +216,7 @@ def equal_time(records: list[Row], timings: Mapping[str, float]) -> dict[str, An
             for row in table(records, "epoch")
             if row["arm"] in epochs and row["epoch"] == epochs[row["arm"]]
         ]
-        losses = by_seed(rows, "val_loss", (base, arm))
-        found[arm] = {**compare(losses[base], losses[arm]), "epoch": epochs[arm]}
+        found[arm] = {**compare_arms(rows, "val_loss", base, arm), "epoch": epochs[arm]}
     return found
 
 
@@ -235,18 +224,18 @@ def answer(found: Mapping[str, Any]) -> str:
     """Return the sentence that answers the question, from the primary comparison."""
     primary = found["comparison"]["test_loss"]
     if primary["low"] is None:
-        pairs = count(primary["n"], "pair")
+        pairs = words.count(primary["n"], "pair")
         return f"No evidence: {pairs} of final runs cannot give an interval."
     told = (
-        f"The penalised arm's test loss differs by {change(primary['mean'], primary['kind'])} "
-        f"(mean of {count(primary['n'], 'paired seed')}, {percent(found['level'])} interval "
-        f"{interval(primary)})"
+        f"The penalised arm's test loss differs by {words.effect(primary)} "
+        f"(mean of {words.count(primary['n'], 'paired seed')}, "
+        f"{words.percent(found['level'])} interval {words.interval(primary)})"
     )
     return answered(primary, told)
 
 
 def answered(pair: Mapping[str, Any], told: str) -> str:
-    """Return what a comparison of losses says of the question, `told` in words."""
+    """Return what a comparison of losses, described by `told`, says of the question."""
     if not pair["evidence"]:
         return f"No evidence. {told}; the interval covers zero."
     return f"{'Yes' if pair['verdict'] == 'lower' else 'No, it is worse'}. {told}."
@@ -255,5 +244,5 @@ def answered(pair: Mapping[str, Any], told: str) -> str:
 def headline(found: Mapping[str, Any]) -> str:
     """Return the answer, and what the penalty did to the curvature."""
     norm = found["comparison"]["hessian_fro2"]
-    told = f"{change(norm['mean'], norm['kind'])} {interval(norm)}"
+    told = f"{words.effect(norm)} {words.interval(norm)}"
     return f"{answer(found)}\nSquared Hessian norm, penalised against baseline: {told}."

@@ -14,36 +14,19 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hvpfast.lab.data.splits import Data, fold
-from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import (
-    LEVEL,
-    by_seed,
-    compare,
-    facts,
-    summary,
-    table,
-)
-from hvpfast.lab.report.words import (
-    change,
-    count,
-    interval,
-    number,
-    p_value,
-    percent,
-    spread,
-    table_head,
-    table_line,
-    wrap,
-)
+from hvpfast.lab.report import plots, words
+from hvpfast.lab.report.compare import LEVEL, by_seed, compare_arms, first_facts, summary, table
+from hvpfast.lab.report.template import render
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
-from hvpfast.studies.hessian_norm.findings import CLAIMED, QUESTION, answered
+from hvpfast.studies.hessian_norm.findings import CLAIMED_GAP, QUESTION, answered
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 
 if TYPE_CHECKING:
@@ -105,7 +88,7 @@ def repetition_rows(
 def describe(rows: list[Row]) -> str:
     """Return a repetition's line of progress."""
     finals: list[dict[str, Any]] = table(rows, "repetition")
-    told = [f"{row['arm']} {number(row.get('val_loss'))}" for row in finals]
+    told = [f"{row['arm']} {words.number(row.get('val_loss'))}" for row in finals]
     return f"repetition {rows[0]['repetition']:<3}  final loss: {', '.join(told)}"
 
 
@@ -114,26 +97,24 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
     rows = table(records, "repetition")
     return {
         "protocol": "published",
-        "config": facts(table(records, "config")[0]),
-        "data": facts(table(records, "data")[0]),
-        "trivial": facts(table(records, "trivial")[0]),
+        "config": first_facts(records, "config"),
+        "data": first_facts(records, "data"),
+        "trivial": first_facts(records, "trivial"),
         "level": LEVEL,
         "repetitions": len({row["repetition"] for row in rows}),
-        "arms": {
-            arm: {
-                measure: summary([row.get(measure) for row in rows if row["arm"] == arm])
-                for measure in ("val_loss", "lowest")
-            }
-            | {
-                "learning_rate": middle([r.get("learning_rate") for r in rows if r["arm"] == arm]),
-            }
-            for arm in METHODS
-        },
+        "arms": {arm: arm_findings(rows, arm) for arm in METHODS},
         "comparison": {arm: against_baseline(rows, arm) for arm in ("penalised", "placebo")},
-        "claimed": CLAIMED["penalised"] - CLAIMED["baseline"],
+        "claimed": CLAIMED_GAP,
         "claimed_null": CLAIMED_NULL["penalised"] - CLAIMED_NULL["baseline"],
         "seconds": fmean(timings.values()) if timings else None,
     }
+
+
+def arm_findings(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
+    """Return spreads of an arm's losses over repetitions, and the median of its chosen rates."""
+    mine = [row for row in rows if row["arm"] == arm]
+    losses = {name: summary([row.get(name) for row in mine]) for name in ("val_loss", "lowest")}
+    return {**losses, "learning_rate": middle([row.get("learning_rate") for row in mine])}
 
 
 def middle(values: list[float | None]) -> float | None:
@@ -154,14 +135,12 @@ def against_baseline(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     ``as_large``: the share of repetitions whose difference is at least as far below zero as the
     published one; ``wins``: the share below zero at all.
     """
-    found = by_seed(rows, "val_loss", ("baseline", arm))
     changes = differences(rows, arm)
-    gap = CLAIMED["penalised"] - CLAIMED["baseline"]
     return {
-        **compare(found["baseline"], found[arm]),
+        **compare_arms(rows, "val_loss", "baseline", arm),
         "sd": stdev(changes) if len(changes) > 1 else None,
         "wins": fmean(d < 0 for d in changes) if changes else None,
-        "as_large": fmean(d <= gap for d in changes) if changes else None,
+        "as_large": fmean(d <= CLAIMED_GAP for d in changes) if changes else None,
     }
 
 
@@ -171,9 +150,9 @@ def answer(found: Mapping[str, Any]) -> str:
     if pair["low"] is None:
         return "No evidence: one repetition cannot give an interval."
     told = (
-        f"Over {count(pair['n'], 'repetition')} of the published protocol the penalised arm's "
-        f"final loss differs by {change(pair['mean'], pair['kind'])} "
-        f"({percent(found['level'])} interval {interval(pair)})"
+        f"Over {words.count(pair['n'], 'repetition')} of the published protocol the penalised "
+        f"arm's final loss differs by {words.effect(pair)} "
+        f"({words.percent(found['level'])} interval {words.interval(pair)})"
     )
     return answered(pair, told)
 
@@ -183,99 +162,25 @@ def headline(found: Mapping[str, Any]) -> str:
     null = found["comparison"]["placebo"]
     return (
         f"{answer(found)}\nA placebo's difference has a standard deviation of "
-        f"{number(null['sd'], 3)}; it wins {percent(null['wins'])} of the repetitions."
+        f"{words.number(null['sd'], 3)}; it wins {words.percent(null['wins'])} of the repetitions."
     )
-
-
-TEMPLATE = """# {question}
-
-**{answer}**
-
-{head}
-{rows}
-
-Mean ± standard deviation over {repetitions}. Each is the whole published protocol with streams of
-its own. The placebo computes the penalty and stops its gradient: it has no effect, and its line is
-what the design makes of none.
-
-- The published difference is {claimed}. A placebo's is at least as far below zero in {null_large}
-  of the repetitions, the penalised arm's in {large}.
-- When the penalty still had no gradient, {claimed_null} was reported as a gain: {null_sizes}
-  standard deviations of the placebo's difference.
-
-![Differences from the baseline, and what learning rates do](repetitions.png)
-
-## Protocol
-
-- **Data**: {dataset} ({check}): {num_train} samples to train; {num_test} test samples tune, select
-  and report. Predicting the class frequencies scores a loss of {trivial_loss}.
-- **Network**: {sizes}, {activation}, {num_params} parameters, {dtype}; Adam, batches of
-  {batch_size}.
-- **Tuning**: {trials} random trials an arm, {tune_epochs} epochs each, learning rate and rho
-  log-uniform in [{low}, {high}], judged by the lowest loss after any epoch. (The tuner of the
-  original draws its first {trials} trials at random, and there are no more.)
-- **Final**: {epochs} epochs, seeds {seeds}; the mean of both last losses is reported.
-
-## What this does not show
-
-Tuning and reporting on one split makes every arm look better than it is. The sound protocol,
-`--protocol sound`, shares the learning rate between the arms and has a split of its own to report.
-"""
 
 
 def report(found: Mapping[str, Any]) -> str:
     """Return report.md without its environment section."""
-    config, null = found["config"], found["comparison"]["placebo"]
-    text = {
-        "question": QUESTION,
-        "answer": answer(found),
-        "level": percent(found["level"]),
-        "head": table_head(
-            [
-                "",
-                "final loss",
-                "lowest loss",
-                "median learning rate",
-                "difference from baseline",
-                f"Student's {percent(found['level'])}",
-                "p",
-                "sd of one repetition",
-                "wins",
-            ]
-        ),
-        "rows": "\n".join(line(found, arm) for arm in METHODS),
-        "repetitions": count(found["repetitions"], "repetition"),
-        "claimed": change(found["claimed"], "difference"),
-        "claimed_null": change(found["claimed_null"], "difference"),
-        "null_large": percent(null["as_large"]),
-        "large": percent(found["comparison"]["penalised"]["as_large"]),
-        "null_sizes": number(abs(found["claimed_null"]) / null["sd"] if null["sd"] else None, 2),
-        "trivial_loss": number(found["trivial"]["test_loss"]),
-        **found["data"],
-        **{k: config[k] for k in ("activation", "dtype", "batch_size", "epochs")},
-        "trials": NUM_TRIALS,
-        "tune_epochs": min(TUNE_EPOCHS, config["epochs"]),
-        "low": number(LOW),
-        "high": number(HIGH),
-        "seeds": " and ".join(map(str, SEEDS)),
-    }
-    return wrap(TEMPLATE.format(**text))
-
-
-def line(found: Mapping[str, Any], arm: str) -> str:
-    """Return one line of the table."""
-    told = found["arms"][arm]
-    cells = [
-        arm,
-        spread(told["val_loss"]),
-        spread(told["lowest"]),
-        number(told["learning_rate"], 3),
-    ]
-    pair = found["comparison"].get(arm)
-    if pair is None:
-        return table_line(*cells, *[""] * 5)
-    cells += [change(pair["mean"], pair["kind"]), interval(pair), p_value(pair)]
-    return table_line(*cells, number(pair["sd"], 3), percent(pair["wins"]))
+    sd = found["comparison"]["placebo"]["sd"]
+    return render(
+        Path(__file__).with_name("published.md.jinja"),
+        **found,
+        question=QUESTION,
+        answer=answer(found),
+        claimed_null_in_deviations=abs(found["claimed_null"]) / sd if sd else None,
+        trials=NUM_TRIALS,
+        tune_epochs=min(TUNE_EPOCHS, found["config"]["epochs"]),
+        low=LOW,
+        high=HIGH,
+        seeds=SEEDS,
+    )
 
 
 def figures(records: list[Row]) -> dict[str, Figure]:
@@ -286,8 +191,9 @@ def figures(records: list[Row]) -> dict[str, Figure]:
     figure, (left, right) = plots.new_figure(2, width=5.4)
     own = dict(zip(METHODS, plots.COLORS, strict=False))
     plots.forest(left, pairs, found, colors=[own[arm] for arm in pairs])
-    gap = CLAIMED["penalised"] - CLAIMED["baseline"]
-    left.axvline(gap, color=plots.MUTED, linestyle="--", linewidth=1.2, label="as published")
+    left.axvline(
+        CLAIMED_GAP, color=plots.MUTED, linestyle="--", linewidth=1.2, label="as published"
+    )
     plots.legend(left)
     plots.label(left, "Final loss minus the baseline's", "lower is better")
     for i, arm in enumerate(METHODS):
