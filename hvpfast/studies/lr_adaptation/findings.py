@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from hvpfast.lab.report.compare import LEVEL, by_seed, compare, facts, holm_correct, summary, table
+from hvpfast.lab.report.compare import (
+    LEVEL,
+    by_seed,
+    compare,
+    compare_arms,
+    first_facts,
+    grid_values,
+    holm_correct,
+    summary,
+    table,
+)
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.lr_adaptation.measure import ADAMS, PROXIES
 
@@ -56,14 +66,12 @@ CORRELATIONS = (
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     """Return every number of the report, named."""
-    finals, config = table(records, "final"), table(records, "config")[0]
+    finals, config = table(records, "final"), first_facts(records, "config")
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in finals)]
     claims = measures_of(config)
     found: dict[str, Any] = {
-        "config": facts(config),
-        "data": facts(table(records, "data")[0]),
-        "trivial": facts(table(records, "trivial")[0]),
-        "linear": facts(table(records, "linear")[0]),
+        "config": config,
+        **{name: first_facts(records, name) for name in ("data", "trivial", "linear")},
         "level": LEVEL,
         "protocol": config["protocol"],
         "claims": claims,
@@ -103,8 +111,7 @@ def compared(
     finals: Sequence[Mapping[str, Any]], claim: str, base: str, arm: str
 ) -> dict[str, Any]:
     """Compare two arms in one measure of the final runs, paired by seed."""
-    values = by_seed(finals, claim, (base, arm))
-    return compare(values[base], values[arm], ratio=claim in RATIOS)
+    return compare_arms(finals, claim, base, arm, ratio=claim in RATIOS)
 
 
 def wins(finals: Sequence[Mapping[str, Any]], claim: str) -> dict[str, int]:
@@ -140,7 +147,7 @@ def arm_findings(records: list[Row], timings: Mapping[str, float], arm: str) -> 
 
 def learning_rates(config: Mapping[str, Any]) -> list[float]:
     """Return the learning rates that every arm tried, from the configuration's row."""
-    return [float(word) for word in str(config["learning_rates"]).split()]
+    return grid_values(config["learning_rates"])
 
 
 def proxies(records: list[Row]) -> dict[str, Any]:
@@ -190,23 +197,16 @@ def nearest(records: list[Row]) -> dict[str, Any]:
 
 def answer(found: Mapping[str, Any]) -> str:
     """Return the sentence that answers the question, from all measures together."""
-    told = {claim: result["verdict_holm"] for claim, result in found["study"].items()}
-    pairs = next(iter(found["study"].values()))["n"]
-    if found["study"]["test_loss"]["low"] is None:
+    study, labels = found["study"], {**SPEED, **CLAIMS}
+    if study["test_loss"]["low"] is None:
         return "No evidence: so few final runs cannot give an interval."
-    labels = {**SPEED, **CLAIMS}
-    better = [labels[claim] for claim, verdict in told.items() if verdict == "lower"]
-    worse = [labels[claim] for claim, verdict in told.items() if verdict == "higher"]
-    rest = [labels[claim] for claim, verdict in told.items() if verdict not in ("lower", "higher")]
-    parts = [
-        f"{words} in {'; '.join(names)}"
-        for words, names in (("better", better), ("worse", worse))
-        if names
-    ]
-    if rest:
-        parts.append(f"no evidence of a difference in {'; '.join(rest)}")
+    better = [labels[claim] for claim, r in study.items() if r["verdict_holm"] == "lower"]
+    worse = [labels[claim] for claim, r in study.items() if r["verdict_holm"] == "higher"]
+    rest = [labels[claim] for claim in study if labels[claim] not in (*better, *worse)]
     start = "Yes" if better and not worse else "No" if worse and not better else "In part"
     if not better and not worse:
         start = "No evidence"
-    sentence = ". ".join(part[0].upper() + part[1:] for part in parts)
+    parts = {"Better": better, "Worse": worse, "No evidence of a difference": rest}
+    sentence = ". ".join(f"{word} in {'; '.join(names)}" for word, names in parts.items() if names)
+    pairs = next(iter(study.values()))["n"]
     return f"{start}. The wrapper against Adam, over {pairs} pairs. {sentence}."
