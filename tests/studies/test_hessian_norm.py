@@ -22,7 +22,7 @@ from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.run import run
 from hvpfast.studies.hessian_norm import experiment as hessian_norm
 from hvpfast.studies.hessian_norm import findings as reporting
-from hvpfast.studies.hessian_norm.report import report as report_text
+from hvpfast.studies.hessian_norm import report as hessian_norm_report
 from hvpfast.studies.hessian_norm.torch_baseline import (
     exact_step,
     hessian_fro2,
@@ -344,10 +344,12 @@ def test_the_answer_follows_from_the_interval(
     found = json.loads((sound / "findings.json").read_text())
     found["comparison"] = comparison
     found["arms"]["baseline"]["test_loss"]["sd"] = 0.3
-    assert reporting.answer(found).startswith(start)
-    assert "6 paired seeds, 95 % interval" in reporting.answer(found)
-    assert ("covers zero" in reporting.answer(found)) == (shift == 0)
-    text = " ".join(report_text(found).split())
+    answer = hessian_norm_report.headline(found).splitlines()[0]
+    assert answer.startswith(start)
+    assert "6 paired seeds, 95 % interval" in answer
+    assert ("covers zero" in answer) == (shift == 0)
+    text = " ".join(hessian_norm_report.report(found).split())
+    assert f"**{answer}**" in text
     assert "train loss shows no evidence" in text
     assert f"once the learning rate is matched.* {matched}" in text
     assert "It lies outside the interval" in text
@@ -435,8 +437,8 @@ def test_a_wrong_configuration_is_refused(change: dict[str, Any], message: str) 
         replace(hessian_norm.Config(), **change)
 
 
-@pytest.mark.parametrize("name", ["report.md.jinja", "published.md.jinja"])
+@pytest.mark.parametrize("name", ["headline.jinja", "report.md.jinja", "published.md.jinja"])
 def test_no_number_of_the_report_is_typed_by_hand(name: str) -> None:
-    template = (Path(hessian_norm.__file__).parent / name).read_text(encoding="utf-8")
+    template = (hessian_norm_report.TEMPLATES / name).read_text(encoding="utf-8")
     assert not re.search(r"\d", re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", template, flags=re.DOTALL))
     assert not re.search(r"\d", reporting.QUESTION.replace("MNIST-1D", ""))

@@ -45,3 +45,9 @@ def render(path: Path, **names: Any) -> str:
     p_value, count) as filters and as functions, and `table`. A name that is missing is an error.
     """
     return words.wrap(environment(path.parent).get_template(path.name).render(names))
+
+
+def render_lines(path: Path, **names: Any) -> str:
+    """Return the paragraphs of a template as one line each."""
+    text = environment(path.parent).get_template(path.name).render(names)
+    return "\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))

@@ -43,7 +43,7 @@ from hvpfast.lab.runs.run import run as run_study
 from hvpfast.studies.hessian_norm import published as published
 from hvpfast.studies.hessian_norm.config import PRESETS, Config
 from hvpfast.studies.hessian_norm.figures import figures
-from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings, headline
+from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings
 from hvpfast.studies.hessian_norm.progress import (
     describe_data,
     describe_final,
@@ -51,7 +51,7 @@ from hvpfast.studies.hessian_norm.progress import (
     describe_trial,
     mean_loss,
 )
-from hvpfast.studies.hessian_norm.report import report
+from hvpfast.studies.hessian_norm.report import headline, report
 from hvpfast.studies.hessian_norm.torch_baseline import torch_rows
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 

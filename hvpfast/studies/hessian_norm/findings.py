@@ -8,7 +8,6 @@ from math import fsum
 from statistics import fmean, median
 from typing import Any
 
-from hvpfast.lab.report import words
 from hvpfast.lab.report.compare import (
     LEVEL,
     compare_arms,
@@ -218,31 +217,3 @@ def equal_time(records: list[Row], timings: Mapping[str, float]) -> dict[str, An
         ]
         found[arm] = {**compare_arms(rows, "val_loss", base, arm), "epoch": epochs[arm]}
     return found
-
-
-def answer(found: Mapping[str, Any]) -> str:
-    """Return the sentence that answers the question, from the primary comparison."""
-    primary = found["comparison"]["test_loss"]
-    if primary["low"] is None:
-        pairs = words.count(primary["n"], "pair")
-        return f"No evidence: {pairs} of final runs cannot give an interval."
-    told = (
-        f"The penalised arm's test loss differs by {words.effect(primary)} "
-        f"(mean of {words.count(primary['n'], 'paired seed')}, "
-        f"{words.percent(found['level'])} interval {words.interval(primary)})"
-    )
-    return answered(primary, told)
-
-
-def answered(pair: Mapping[str, Any], told: str) -> str:
-    """Return what a comparison of losses, described by `told`, says of the question."""
-    if not pair["evidence"]:
-        return f"No evidence. {told}; the interval covers zero."
-    return f"{'Yes' if pair['verdict'] == 'lower' else 'No, it is worse'}. {told}."
-
-
-def headline(found: Mapping[str, Any]) -> str:
-    """Return the answer, and what the penalty did to the curvature."""
-    norm = found["comparison"]["hessian_fro2"]
-    told = f"{words.effect(norm)} {words.interval(norm)}"
-    return f"{answer(found)}\nSquared Hessian norm, penalised against baseline: {told}."

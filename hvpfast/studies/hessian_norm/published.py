@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,9 @@ from hvpfast.lab.report.compare import LEVEL, by_seed, compare_arms, first_facts
 from hvpfast.lab.report.template import render
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
-from hvpfast.studies.hessian_norm.findings import CLAIMED_GAP, QUESTION, answered
+from hvpfast.studies.hessian_norm.findings import CLAIMED_GAP, QUESTION
+from hvpfast.studies.hessian_norm.report import TEMPLATES
+from hvpfast.studies.hessian_norm.report import headline as headline
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 
 if TYPE_CHECKING:
@@ -144,36 +145,13 @@ def against_baseline(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     }
 
 
-def answer(found: Mapping[str, Any]) -> str:
-    """Return the sentence that answers the question, from the repetitions."""
-    pair = found["comparison"]["penalised"]
-    if pair["low"] is None:
-        return "No evidence: one repetition cannot give an interval."
-    told = (
-        f"Over {words.count(pair['n'], 'repetition')} of the published protocol the penalised "
-        f"arm's final loss differs by {words.effect(pair)} "
-        f"({words.percent(found['level'])} interval {words.interval(pair)})"
-    )
-    return answered(pair, told)
-
-
-def headline(found: Mapping[str, Any]) -> str:
-    """Return the answer, and what a placebo does in this design."""
-    null = found["comparison"]["placebo"]
-    return (
-        f"{answer(found)}\nA placebo's difference has a standard deviation of "
-        f"{words.number(null['sd'], 3)}; it wins {words.percent(null['wins'])} of the repetitions."
-    )
-
-
 def report(found: Mapping[str, Any]) -> str:
     """Return report.md without its environment section."""
     sd = found["comparison"]["placebo"]["sd"]
     return render(
-        Path(__file__).with_name("published.md.jinja"),
+        TEMPLATES / "published.md.jinja",
         **found,
         question=QUESTION,
-        answer=answer(found),
         claimed_null_in_deviations=abs(found["claimed_null"]) / sd if sd else None,
         trials=NUM_TRIALS,
         tune_epochs=min(TUNE_EPOCHS, found["config"]["epochs"]),

@@ -1,4 +1,4 @@
-"""Report of the Hessian-norm study's sound protocol: its template and what that is given."""
+"""Report of the Hessian-norm study, and the answer of both protocols: templates and their names."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from hvpfast.lab.report.compare import grid_values
-from hvpfast.lab.report.template import render
-from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, MEASURES, QUESTION, answer
+from hvpfast.lab.report.template import render, render_lines
+from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, MEASURES, QUESTION
+
+TEMPLATES = Path(__file__).parent
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """Return the answer and a line of explanation, for the findings of either protocol."""
+    return render_lines(TEMPLATES / "headline.jinja", **found)
 
 
 def report(found: Mapping[str, Any]) -> str:
     """Return report.md without its environment section."""
     arms = [(arm.title, found["arms"][name]) for name, arm in ARMS.items()]
     return render(
-        Path(__file__).with_name("report.md.jinja"),
+        TEMPLATES / "report.md.jinja",
         **found,
         question=QUESTION,
-        answer=answer(found),
         ARMS=ARMS,
         COMPARED=COMPARED,
         MEASURES=MEASURES,
         grid_values=grid_values,
         gap_in_deviations=gap_in_deviations(found),
         at_edge=[(what, title) for title, arm in arms for what in arm["at_edge"]],
-        lost=[(n, title) for title, arm in arms if (n := arm["num_trials_diverged"])],
+        diverged_trials=[(n, title) for title, arm in arms if (n := arm["num_trials_diverged"])],
     )
 
 

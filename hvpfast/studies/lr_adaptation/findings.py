@@ -193,20 +193,3 @@ def nearest(records: list[Row]) -> dict[str, Any]:
     others = [arm for arm in ADAMS if arm != CONTROL]
     against = {arm: compare(mean_cosines(records, "difference", arm), here) for arm in others}
     return holm_correct(against)
-
-
-def answer(found: Mapping[str, Any]) -> str:
-    """Return the sentence that answers the question, from all measures together."""
-    study, labels = found["study"], {**SPEED, **CLAIMS}
-    if study["test_loss"]["low"] is None:
-        return "No evidence: so few final runs cannot give an interval."
-    better = [labels[claim] for claim, r in study.items() if r["verdict_holm"] == "lower"]
-    worse = [labels[claim] for claim, r in study.items() if r["verdict_holm"] == "higher"]
-    rest = [labels[claim] for claim in study if labels[claim] not in (*better, *worse)]
-    start = "Yes" if better and not worse else "No" if worse and not better else "In part"
-    if not better and not worse:
-        start = "No evidence"
-    parts = {"Better": better, "Worse": worse, "No evidence of a difference": rest}
-    sentence = ". ".join(f"{word} in {'; '.join(names)}" for word, names in parts.items() if names)
-    pairs = next(iter(study.values()))["n"]
-    return f"{start}. The wrapper against Adam, over {pairs} pairs. {sentence}."

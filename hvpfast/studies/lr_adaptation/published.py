@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hvpfast.lab.report.template import render
 from hvpfast.studies.lr_adaptation.findings import CLAIMS, DESCRIPTIVE
-from hvpfast.studies.lr_adaptation.report import shared_names
+from hvpfast.studies.lr_adaptation.report import TEMPLATES, names
 
 ORIGINAL = {
     "adam": {"learning_rate": 0.00524, "test_lowest": 1.092, "test_loss": 1.211},
@@ -22,9 +21,8 @@ shows the opposite on both counts."""
 def published_report(found: Mapping[str, Any]) -> str:
     """Return the report of the published protocol, repeated."""
     return render(
-        Path(__file__).with_name("published.md.jinja"),
-        **found,
-        **shared_names(found),
+        TEMPLATES / "published.md.jinja",
+        **names(found),
         CLAIMS=CLAIMS,
         DESCRIPTIVE=DESCRIPTIVE,
         ORIGINAL=ORIGINAL,

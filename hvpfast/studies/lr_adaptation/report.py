@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hvpfast.lab.report.compare import grid_values
-from hvpfast.lab.report.template import render
-from hvpfast.studies.lr_adaptation.findings import ARMS, CONTROL, QUESTION, RATIOS, answer
+from hvpfast.lab.report.template import render, render_lines
+from hvpfast.studies.lr_adaptation.findings import ARMS, CLAIMS, CONTROL, QUESTION, RATIOS, SPEED
 
+TEMPLATES = Path(__file__).parent
 CLAIMED = {**dict.fromkeys(RATIOS, "lower"), "test_loss": "higher"}
 """What was published of the wrapper against Adam: faster at first, a slightly higher loss."""
 NEAR = 0.1
@@ -18,39 +19,40 @@ NEAR = 0.1
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """Return the answer, and that to the registered prediction."""
-    if found["protocol"] == "published":
-        return answer(found)
-    return f"{answer(found)}\n{control_prediction(found)}"
+    """Return the answer and, of the sound protocol, that to the registered prediction."""
+    return render_lines(TEMPLATES / "headline.jinja", **names(found))
 
 
 def sound_report(found: Mapping[str, Any]) -> str:
     """Return the report of the sound protocol."""
     config = found["config"]
     return render(
-        Path(__file__).with_name("report.md.jinja"),
-        **found,
-        **shared_names(found),
-        ARMS=ARMS,
-        CONTROL=CONTROL,
+        TEMPLATES / "report.md.jinja",
+        **names(found),
         NEAR=NEAR,
         relative_times=relative_times(found["arms"]),
         num_steps=config["epochs"] * math.ceil(found["data"]["num_train"] / config["batch_size"]),
-        control_prediction=control_prediction(found),
         nearest_verdict=nearest_verdict(found),
         noise=noise_prediction(found),
         proxy_epoch=max(found["proxies"]["adam"], key=int),
     )
 
 
-def shared_names(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the templates of both protocols are given beside the findings."""
+def names(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every template of the study is given: the findings and what follows from them."""
+    verdicts = {claim: result["verdict_holm"] for claim, result in found["study"].items()}
+    labels = {**SPEED, **CLAIMS}
     return {
+        **found,
         "question": QUESTION,
-        "answer": answer(found),
-        "claim_verdicts": claim_verdicts(found),
+        "ARMS": ARMS,
+        "CONTROL": CONTROL,
         "RATIOS": RATIOS,
         "grid_values": grid_values,
+        "better": [labels[claim] for claim in verdicts if verdicts[claim] == "lower"],
+        "worse": [labels[claim] for claim in verdicts if verdicts[claim] == "higher"],
+        "rest": [labels[c] for c in verdicts if verdicts[c] not in ("lower", "higher")],
+        "claim_verdicts": claim_verdicts(found),
     }
 
 
@@ -72,20 +74,6 @@ def relative_times(arms: Mapping[str, Any]) -> dict[str, float | None]:
     seconds = {name: arm["seconds_per_step"] for name, arm in arms.items()}
     base = seconds["adam"]
     return {name: time / base if time and base else None for name, time in seconds.items()}
-
-
-def control_prediction(found: Mapping[str, Any]) -> str:
-    """Return the answer to the registered prediction."""
-    results = found["against_control"]
-    apart = [c for c, r in results.items() if r["verdict_holm"] in ("lower", "higher")]
-    told = "; ".join(f"{found['claims'][c]} {results[c]['verdict_holm']}" for c in apart)
-    if results["test_loss"]["low"] is None:
-        outcome = "undecided, too few runs"
-    elif apart:
-        outcome = f"refuted; {told}"
-    else:
-        outcome = "not refuted; no evidence of a difference in any measure"
-    return f"Indistinguishable from {ARMS[CONTROL]}: {outcome}."
 
 
 def nearest_verdict(found: Mapping[str, Any]) -> str:
