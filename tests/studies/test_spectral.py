@@ -324,27 +324,32 @@ def train(index: int, collapsed: bool, spread: float, **more: Any) -> dict[str, 
     }  # fmt: skip
 
 
+def said(finished: Path, **changes: Any) -> str:
+    """The report of the finished run with other findings, in one line."""
+    found = json.loads((finished / "findings.json").read_text())
+    return " ".join(spectral_report.report(found | changes).split())
+
+
 @pytest.mark.parametrize(("last", "answer"), [(0.9, "Yes: at lambda 0.01"), (0.11, "No evidence")])
-def test_a_jump_is_told_from_a_gradual_collapse(last: float, answer: str) -> None:
+def test_a_jump_is_told_from_a_gradual_collapse(finished: Path, last: float, answer: str) -> None:
     rows = {i: train(i, False, 1 - (1 - last) * i / 9) for i in range(10)}
     rows |= {i: train(i, True, 0.0) for i in range(10, 15)}
-    found: dict[str, Any] = {"config": {"sweep": "ascending"}}
-    found["collapse"] = {"ascending": spectral_findings.collapse(rows)}
-    assert found["collapse"]["ascending"]["first"] == pytest.approx(0.01)
-    assert spectral_report.order_text(found).startswith(answer)
+    found = spectral_findings.collapse(rows)
+    assert found["first"] == pytest.approx(0.01)
+    text = said(finished, collapse={"ascending": found})
+    assert f"**A collapse of first order.** {answer}" in text
 
 
-def test_hysteresis_is_found_where_one_sweep_has_collapsed() -> None:
+def test_hysteresis_is_found_where_one_sweep_has_collapsed(finished: Path) -> None:
     up = {i: train(i, i > 7, 1.0) for i in range(10)}
     down = {i: train(i, i > 3, 1.0) for i in range(0, 10, 2)}
     found = spectral_findings.hysteresis(up, down)
     assert found["alive_only_main"] == 2 and found["alive_only_other"] == 0
     assert found["range_main"] == pytest.approx([0.004, 0.006])
-    facts: dict[str, Any] = {"config": {"sweep": "ascending"}, "hysteresis": {"descending": found}}
-    assert spectral_report.hysteresis_text(facts).startswith("Yes: at 2 of 5 common lambdas")
-    same: dict[str, Any] = {"config": {"sweep": "ascending"}}
-    same |= {"hysteresis": {"fresh": spectral_findings.hysteresis(up, up)}}
-    assert spectral_report.hysteresis_text(same).startswith("No evidence")
+    text = said(finished, hysteresis={"descending": found})
+    assert "**Hysteresis.** Yes: at 2 of 5 common lambdas" in text
+    text = said(finished, hysteresis={"fresh": spectral_findings.hysteresis(up, up)})
+    assert "**Hysteresis.** No evidence" in text
 
 
 def test_residuals_are_counted_with_their_reasons() -> None:

@@ -42,8 +42,8 @@ from hvpfast.studies.spectral import train as spectral_training
 from hvpfast.studies.spectral.config import PRESETS, SWEEPS, Config
 from hvpfast.studies.spectral.data import Problem
 from hvpfast.studies.spectral.figures import figures
-from hvpfast.studies.spectral.findings import QUESTION, by_index, findings, headline
-from hvpfast.studies.spectral.report import report
+from hvpfast.studies.spectral.findings import by_index, findings
+from hvpfast.studies.spectral.report import QUESTION, headline, report
 from hvpfast.utils.files import SCRATCH
 
 

@@ -9,10 +9,8 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from hvpfast.lab.report.compare import facts, table
-from hvpfast.lab.report.words import number, percent
 from hvpfast.lab.runs.folder import Row
 
-QUESTION = "How does the spectrum of an MLP's Hessian change along a sweep of its L2 penalty?"
 OUTLIERS = 20
 """Leading eigenvalues among which the largest gap is looked for."""
 
@@ -304,28 +302,3 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "least": min(values, default=None),
         "most": max(values, default=None),
     }
-
-
-def headline(found: Mapping[str, Any]) -> str:
-    """Return the answer in two lines."""
-    config = found["config"]
-    state, top, check = found["collapse"][config["sweep"]], found["largest"], found["oracle"]
-    if state["first"] is None:
-        first = f"No collapse up to lambda {number(found['points'][-1]['lambda'])}."
-    elif state["last_alive"] is None:
-        first = "Every network has collapsed."
-    else:
-        first = (
-            f"The {config['sweep']} sweep collapses at lambda {number(state['first'])}, from test "
-            f"accuracy {percent(state['last_accuracy'], 1)}."
-        )
-    second = (
-        f"The largest eigenvalue of H goes from {number(top['at_first'])} to {number(top['top'])} "
-        f"at lambda {number(top['top_lambda'])}"
-    )
-    if check is None:
-        return f"{first}\n{second}."
-    return (
-        f"{first}\n{second}; collapsed, the nine eigenvalues agree with analysis to "
-        f"{number(check['worst'], 2)}."
-    )
