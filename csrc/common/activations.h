@@ -1,7 +1,7 @@
-// One row per activation: act(z) and its first three derivatives, from the pre-activation z (never
-// from a = act(z): a (1 - a) loses the small digits of a saturated unit). Written once for any real
-// type R that has select, exp_nonpositive, log1p_unit and erfc: vectors on the CPU, scalars on a
-// GPU.
+// One row per activation: act(z) and its first three derivatives, from the pre-activation z and
+// never from a = act(z), for a (1 - a) loses the small digits of a saturated unit. Every row is
+// written once, for vectors on the CPU and scalars on a GPU: `Real` has select, exp_nonpositive,
+// log1p_unit and erfc.
 #pragma once
 #include <stdexcept>
 #include <type_traits>
@@ -44,7 +44,7 @@ struct Jet {
   R value, d1, d2, d3;
 };
 
-// The row of each activation. `Real<R>` supplies the elementary functions.
+// `Real` supplies the number type and the elementary functions.
 template <Activation act, class Real>
 struct ActivationRow;
 
@@ -66,8 +66,8 @@ struct ActivationRow<Activation::kRelu, Real> {
   }
 };
 
-// s = 1 / (1 + exp(-z)) with e = exp(-|z|):  s' = e / (1 + e)^2,  1 - 2 s = -sign(z) (1 - e) / (1 +
-// e).
+// s = 1 / (1 + exp(-z)) with e = exp(-|z|):
+//   s' = e / (1 + e)^2,   1 - 2 s = -sign(z) (1 - e) / (1 + e)
 template <class Real>
 struct ActivationRow<Activation::kSigmoid, Real> {
   using R = typename Real::type;
@@ -109,8 +109,8 @@ struct ActivationRow<Activation::kGelu, Real> {
   using R = typename Real::type;
   static HVPFAST_FN Jet<R> at(R z) {
     const R cdf = Real::constant(0.5) * Real::erfc(z * Real::constant(-0.70710678118654752440));
-    const R c =
-        Real::clamp(z, 40);  // phi(40) underflows; powers of a larger z would meet it as inf * 0
+    // phi(40) underflows, and powers of a larger z would meet it as inf * 0.
+    const R c = Real::clamp(z, 40);
     const R z2 = c * c;
     const R pdf =
         Real::constant(0.39894228040143267794) * Real::exp_nonpositive(Real::constant(-0.5) * z2);
@@ -126,10 +126,12 @@ struct ActivationRow<Activation::kGeluTanh, Real> {
   static HVPFAST_FN Jet<R> at(R z) {
     constexpr double c = 0.79788456080286535588, k = 0.044715;
     const R half = Real::constant(0.5);
-    const R x = Real::clamp(z, 40), z2 = x * x;  // 1 - tanh(g)^2 underflows beyond
+    const R x = Real::clamp(z, 40);
+    const R z2 = x * x;  // 1 - tanh(g)^2 underflows beyond
     const R g = Real::constant(c) * x * (Real::constant(1) + Real::constant(k) * z2);
     const R g1 = Real::constant(c) * (Real::constant(1) + Real::constant(3 * k) * z2);
-    const R g2 = Real::constant(6 * c * k) * x, g3 = Real::constant(6 * c * k);
+    const R g2 = Real::constant(6 * c * k) * x;
+    const R g3 = Real::constant(6 * c * k);
     const Jet<R> t = ActivationRow<Activation::kTanh, Real>::at(g);
     const R t1 = t.d1 * g1;
     const R t2 = t.d2 * g1 * g1 + t.d1 * g2;

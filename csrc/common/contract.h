@@ -1,13 +1,14 @@
-// The contract between Python and the kernels, one signature per operation.
+// The contract between Python and the CPU engine, one signature per operation; cuda/ops.h has the
+// same operations for the CUDA engine.
 //
 // Sizes: N samples, D[0..L] widths, P parameters, K tangents.
 // Names:  z pre-activation, a activation, z_dot = R{z}, z_bar = dL/dz, z_bar_dot = R{dL/dz}
 // (Pearlmutter 1994, R{.} the derivative along a tangent). All arrays are in row-major order; T is
 // float or double.
 //
-// linearize does the primal passes once and keeps what they leave; everything else reads that.
-// `out` is always overwritten. The caller owns params, x and every array passed in, and keeps
-// params and x alive and unchanged while a Linearization lives.
+// linearize does the primal passes once and keeps their residuals, which all else reads. `out` is
+// always overwritten. The caller owns every array passed in, and keeps params and x alive and
+// unchanged while a Linearization lives.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -25,22 +26,20 @@ struct Probes {
   uint32_t first;
 };
 
-// Curvature of which products are taken: the Hessian, or the generalised Gauss-Newton matrix J' (d2
-// loss / dz2) J.
+// The curvature matrix: the Hessian, or the generalised Gauss-Newton matrix J' (d2 loss / dz2) J.
 enum class Curvature { kHessian, kGgn };
 
-// The tensors whose block of a curvature matrix is taken: flags of W_l and b_l, l = 1..L (entry 0
-// is not used).
+// The tensors whose block of a curvature matrix is taken: flags of W_l and b_l, l = 1..L. Entry 0
+// is not used.
 struct Chosen {
   std::vector<uint8_t> weight, bias;
 };
 
-// What is computed without probes, from every sample's Hessian core (cpu/cores-inl.h): tr H, tr
-// H^2.
+// Penalties without probes, from every sample's Hessian core (cpu/exact/cores-inl.h): tr H, tr H^2.
 enum class Exact { kTrace, kFro2 };
 
-// A curvature penalty at one point, with what its gradient needs: mean_k ||H v_k||^2, or an exact
-// one. Belongs to its Linearization, which must outlive it.
+// A curvature penalty at one point, mean_k ||H v_k||^2 or an Exact one, with what its gradient
+// needs. Its Linearization must outlive it.
 template <class T>
 class Penalty {
  public:
@@ -69,9 +68,9 @@ class Linearization {
   // out (P) = d/dparams sum_k <cotangents_k, H tangents_k>
   virtual void hvp_vjp(const T* tangents, const T* cotangents, int64_t K, Curvature curvature,
                        T* out, int threads) const = 0;
-  // For the given tangents (K, P), K >= 1, which must outlive the result, or for probes where
-  // tangents is null: normal probes are then drawn implicitly in the first layer where that is
-  // cheaper (cpu/gram-inl.h).
+  // For tangents (K, P), K >= 1, which must outlive the result or, where those are null, for
+  // probes. Normal probes are drawn implicitly in the first layer where that is cheaper
+  // (cpu/gram-inl.h).
   virtual std::unique_ptr<Penalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
                                               Curvature curvature, int threads) const = 0;
 
@@ -85,12 +84,13 @@ class Linearization {
                                const Chosen& chosen, int threads) const = 0;
   virtual std::unique_ptr<Penalty<T>> exact_penalty(Exact kind, Curvature curvature,
                                                     const Chosen& chosen, int threads) const = 0;
-  // Scratch memory that the three above take, or with `gradient` that of exact_penalty.
+  // Bytes of scratch memory: of sample_traces, diagonal and inner_product or, with `gradient`, of
+  // exact_penalty.
   virtual size_t exact_bytes(Exact kind, Curvature curvature, const Chosen& chosen, bool gradient,
                              int threads) const = 0;
 };
 
-// What linearize is given. y: int64 (N) class labels for cross-entropy, T (N, D[L]) rows for
+// The arguments of linearize. y: class labels, int64 (N), for cross-entropy; rows T (N, D[L]) for
 // squared error.
 template <class T>
 struct Problem {

@@ -1,4 +1,4 @@
-// Functions for the CPU engine's vectors and for a GPU's threads alike.
+// HVPFAST_FN marks functions of both the CPU engine's vectors and a GPU's threads.
 #pragma once
 
 #if defined(__CUDACC__)

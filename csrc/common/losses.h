@@ -1,6 +1,6 @@
-// Per loss: value, gradient, second and third directional derivative on the logits z (C classes) of
-// one sample, or of one vector of samples side by side: class c lies at z[c * stride]. `Real` is a
-// vector on the CPU; on a GPU a scalar of each thread of a team, which shares the classes of a
+// Softmax, second and third directional derivative of a loss on the logits z (C classes) of one
+// sample, or of one vector of samples side by side: class c lies at z[c * stride]. `Real` is a
+// vector on the CPU; on a GPU it is a scalar of each thread of a team that shares the classes of a
 // sample.
 //
 // Softmax cross-entropy with target mass q (C) and total mass m = sum q (label smoothing, class
@@ -15,8 +15,8 @@
 
 namespace hvpfast {
 
-// p = softmax(z); returns logsumexp(z). The largest logit is subtracted first: exp overflows above
-// 88 in float32.
+// p = softmax(z); returns logsumexp(z). The largest logit is subtracted first, for exp overflows
+// above 88 in float32.
 template <class Real, class T>
 HVPFAST_FN typename Real::type softmax(const T* z, int C, int stride, T* p) {
   using R = typename Real::type;

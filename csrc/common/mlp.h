@@ -25,11 +25,11 @@ struct MlpSpec {
   int L() const { return int(D.size()) - 1; }
 };
 
-// Flat parameters (P): W_1 (D[1], D[0]) row by row, b_1 (D[1]), W_2, b_2, ...: torch's parameters()
-// order.
+// Flat parameters (P) in the order of torch's parameters(): W_1 (D[1], D[0]) row by row, b_1
+// (D[1]), W_2, b_2, ...
 struct ParameterLayout {
-  std::vector<int64_t> weight,
-      bias;  // offset of W_l and b_l, l = 1..L; bias offsets are -1 without biases
+  std::vector<int64_t> weight;  // offset of W_l, l = 1..L
+  std::vector<int64_t> bias;    // offset of b_l; -1 without biases
   int64_t P = 0;
 
   ParameterLayout() = default;

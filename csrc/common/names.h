@@ -1,4 +1,4 @@
-// What the Python modules are told, as the engines' types: names, flags, addresses.
+// The names, flags and addresses that the Python modules are given, as the engines' types.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -11,6 +11,7 @@
 
 namespace hvpfast {
 
+// The value of a name; throws std::invalid_argument with the known names.
 template <class Value>
 Value named(const char* what, const std::string& name,
             const std::vector<std::pair<const char*, Value>>& table) {

@@ -1,8 +1,8 @@
 // Counter-based random numbers: entry i of probe k for a seed is the same on every device, in every
 // order, for any chunking. Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC'11): key = seed, counter =
 // (block, probe, stream). Values are float32 numbers in every precision. Normal draws use separate
-// multiplications and additions only (this header is compiled without contraction), so that they
-// are bit-equal everywhere.
+// multiplications and additions only, so that they are bit-equal everywhere: what includes this
+// header for them is compiled without contraction.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -17,17 +17,18 @@ enum class Stream : uint32_t { kRademacher = 0, kNormal = 1, kImplicitNormal = 2
 // One round on the counter c, with the round's key.
 HVPFAST_FN void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0,
                              uint32_t k1) {
-  // High and low words apart: compilers vectorise them so, and not as one 64-bit product.
-  const uint32_t high0 = uint32_t((uint64_t(0xD2511F53u) * c0) >> 32), low0 = 0xD2511F53u * c0;
-  const uint32_t high1 = uint32_t((uint64_t(0xCD9E8D57u) * c2) >> 32), low1 = 0xCD9E8D57u * c2;
+  // High and low words apart: compilers do not vectorise one 64-bit product.
+  const uint32_t high0 = uint32_t((uint64_t(0xD2511F53u) * c0) >> 32);
+  const uint32_t low0 = 0xD2511F53u * c0;
+  const uint32_t high1 = uint32_t((uint64_t(0xCD9E8D57u) * c2) >> 32);
+  const uint32_t low1 = 0xCD9E8D57u * c2;
   c0 = high1 ^ c1 ^ k0;
   c1 = low1;
   c2 = high0 ^ c3 ^ k1;
   c3 = low0;
 }
 
-// The words of `count` blocks from `first` on, side by side: word[w][i] is word w of block first +
-// i.
+// The words of `count` blocks side by side: word[w][i] is word w of block first + i.
 template <int count>
 HVPFAST_FN void philox(uint64_t seed, uint64_t first, uint32_t probe, Stream stream,
                        uint32_t (&word)[4][count]) {
@@ -76,8 +77,8 @@ HVPFAST_FN void normal_pair(uint32_t w0, uint32_t w1, float* first, float* secon
   const float minus_log_u = float(24 - e) * 0.693147180559945f - log_m;
   const float r = std::sqrt(2.0f * (minus_log_u > 0.0f ? minus_log_u : 0.0f));
 
-  const int32_t v =
-      int32_t(w1 >> 8);  // angle 2 pi v / 2^24, as a quadrant and a rest in [-pi/4, pi/4)
+  // The angle 2 pi v / 2^24, as a quadrant and a rest in [-pi/4, pi/4).
+  const int32_t v = int32_t(w1 >> 8);
   const int32_t quadrant = (v + (1 << 21)) >> 22;
   const float angle = float(v - (quadrant << 22)) * 3.7450704e-07f;
   const float a2 = angle * angle;

@@ -1,6 +1,6 @@
-// Scratch memory of one operation or one linearization: blocks are handed out by bumping a pointer
-// and returned together. Returned blocks are kept for the next caller (up to a bound), because
-// fresh pages cost more than the arithmetic on them.
+// Memory of one operation or one linearization: arrays are cut from blocks one after the other and
+// returned together. Up to a bound, returned blocks are kept for the next caller, because fresh
+// pages cost more than the arithmetic on them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,8 +21,7 @@ class Arena {
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
-  // About how much will be taken in all, from who knows: a small arena then keeps no more than
-  // that.
+  // About how many bytes will be taken in all: a small arena then holds no more than that.
   void expect(size_t bytes) { expected_ = bytes; }
   size_t num_bytes() const { return num_bytes_; }
 

@@ -1,6 +1,6 @@
 // The CPU engine's Python module: names to enumerations, addresses to pointers, GIL, errors.
-// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; addresses are those of
-// live, contiguous arrays.
+// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; addresses
+// are those of live, contiguous arrays.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -233,14 +233,17 @@ void draw(const std::string& distribution, uint64_t seed, uint32_t probe, uint32
   constexpr int64_t kBlock = 1 << 14;  // entries drawn by one task: some 10 microseconds
   const Stream stream = stream_named(distribution);
   const Isa& isa = *available_isas().front();
-  const int64_t rows = groups * count, width = end - begin;
+  const int64_t rows = groups * count;
+  const int64_t width = end - begin;
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   const int team_size = int(std::min<int64_t>(threads, rows * width / kBlock));
   py::gil_scoped_release release;
   parallel(std::max(1, team_size), [&](Team& team) {
     team.for_each(rows * blocks, [&](int64_t task) {
-      const int64_t row = task / blocks, first = begin + task % blocks * kBlock;
-      const int64_t last = std::min(end, first + kBlock), offset = row * width + first - begin;
+      const int64_t row = task / blocks;
+      const int64_t first = begin + task % blocks * kBlock;
+      const int64_t last = std::min(end, first + kBlock);
+      const int64_t offset = row * width + first - begin;
       const uint32_t k = probe + uint32_t(row / count) * stride + uint32_t(row % count);
       if (double_precision) {
         isa.draw_double(stream, seed, k, first, last, pointer<double>(out) + offset);

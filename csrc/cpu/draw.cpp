@@ -1,4 +1,4 @@
-// Probes in bulk, compiled once per instruction set and without contraction (probes.h).
+// Probes in bulk, compiled once per instruction set and without contraction (common/probes.h).
 #include <algorithm>
 
 #include "isa.h"
@@ -37,8 +37,9 @@ void draw_normal(Stream stream, uint64_t seed, uint32_t probe, int64_t begin, in
     for (int pair = 0; pair < 4; pair += 2)
       for (int b = 0; b < kBlocks; ++b)
         normal_pair(word[pair][b], word[pair + 1][b], &value[pair][b], &value[pair + 1][b]);
-    const int64_t base = first * 4, from = std::max(begin, base),
-                  to = std::min(end, base + 4 * kBlocks);
+    const int64_t base = first * 4;
+    const int64_t from = std::max(begin, base);
+    const int64_t to = std::min(end, base + 4 * kBlocks);
     if (to - from == 4 * kBlocks) {
       for (int b = 0; b < kBlocks; ++b)
         for (int w = 0; w < 4; ++w) out[base - begin + 4 * b + w] = T(value[w][b]);

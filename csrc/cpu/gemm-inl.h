@@ -4,11 +4,10 @@
 // consecutive samples side by side, features below each other. That is the packed right operand of
 // a register-blocked product, so a layer
 //     C (rows, samples) = sum over terms of A (rows, depth) B (depth, samples)
-// needs no packing: A is read from the parameters by broadcasts, B is read from the panels by
-// vectors.
+// needs no packing: A is read from the parameters by broadcasts, and B from the panels by vectors.
 //
-// The sum over depth runs in one order for every element, whatever the blocking: results do not
-// depend on threads.
+// The sum over depth runs in one order for every element, whatever the blocking, so that results do
+// not depend on the number of threads.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -17,9 +16,8 @@
 
 namespace hvpfast::HVPFAST_ISA {
 
-// One product A B of a sum. A(i, k) = a[i * row + k * col]; see micro_kernel.
-// The depth may come in segments (panels of another quantity): segment s starts at a + s *
-// a_segment, b + s * b_segment.
+// One product A B of a sum; micro_kernel says where A(i, k) lies. The depth may come in segments,
+// the panels of another quantity: segment s starts at a + s a_segment and b + s b_segment.
 template <class T>
 struct Term {
   const T* a;
@@ -30,13 +28,13 @@ struct Term {
   ptrdiff_t b_segment;
 };
 
-// C (R, 2 vectors) = [C +] sum over terms, in registers; C is added last, so that long sums are
-// sums of short ones. kTransposed: A(i, k) = a[i + k * stride], else a[i * stride + k].
+// C (R, 2 vectors) = [C +] sum over terms, in registers. C is added last: long sums are then sums
+// of short ones. A(i, k) = a[i * stride + k] or, with kTransposed, a[i + k * stride].
 template <class T, int R, bool kTransposed>
 HVP_INLINE void micro_kernel(const Term<T>* terms, int num_terms, const ptrdiff_t* strides, T* c,
                              ptrdiff_t ldc, bool accumulate) {
   constexpr int W = kLanes<T>;
-  if (accumulate) {  // C is wanted when the sum is done
+  if (accumulate) {  // C is added when the sum is done
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) __builtin_prefetch(c + i * ldc, 1);
   }
@@ -102,8 +100,8 @@ MicroKernel<T, kTransposed> micro_kernel_for(int rows, std::integer_sequence<int
   return table[rows - 1];
 }
 
-// Calls body(first row, rows, micro-kernel of so many rows) over row blocks of nearly equal size,
-// at most kRowBlock rows each.
+// body(first row, number of rows, micro-kernel for that number) over row blocks of nearly equal
+// size, at most kRowBlock rows each.
 template <class T, bool kTransposed, class Body>
 HVP_INLINE void for_row_blocks(Range rows, Body&& body) {
   const int64_t blocks = (rows.size() + kRowBlock - 1) / kRowBlock;
@@ -138,8 +136,12 @@ void multiply_panels(const LayerTerm<T>* terms, int num_terms, int64_t depth, Ra
                      int64_t panels, T* c, ptrdiff_t c_panel, bool accumulate = false) {
   constexpr int NR = kPanel<T>;
   const int most = int(std::clamp<int64_t>(kDepthBlock / depth, 2, kMaxTerms));
-  for (; num_terms > most; num_terms -= most, terms += most, accumulate = true)
+  while (num_terms > most) {
     multiply_panels<T, kTransposed>(terms, most, depth, rows, panels, c, c_panel, accumulate);
+    num_terms -= most;
+    terms += most;
+    accumulate = true;
+  }
   const int64_t step = num_terms == 1 && depth > 2 * kDepthBlock ? kDepthBlock : depth;
   ptrdiff_t strides[kMaxTerms];
   for (int t = 0; t < num_terms; ++t) strides[t] = terms[t].stride;

@@ -1,5 +1,5 @@
-// The samples' inner products Gamma = X X' + 1 1' (the ones for the bias), by which the first
-// layer's block of H v need not be formed when there are few samples (penalty-inl.h).
+// The samples' inner products Gamma = X X' + 1 1', the ones for the bias. With few samples they
+// spare forming the first layer's block of H v (penalty-inl.h).
 #pragma once
 #include "common/probes.h"
 #include "third_order-inl.h"
@@ -9,8 +9,8 @@ namespace hvpfast::HVPFAST_ISA {
 template <class T>
 void draw_probe(Stream stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, T* out);
 
-// One pass over the samples' inner products against two over the first layer's weights; the samples
-// must fit one tile.
+// Whether Gamma is cheaper: one pass over it against two over the first layer's weights. The
+// samples must fit in one tile.
 template <class T>
 bool CpuLinearization<T>::gram_pays() const {
   constexpr int64_t kMostSamples = 256;
@@ -33,7 +33,8 @@ void CpuLinearization<T>::gram_matrix(Team& team, T* gram) const {
   });
 }
 
-// Factoring Gamma is serial and in float64, worth some eight of the multiply-adds it saves.
+// Whether drawing z_dot_1 from N(0, Gamma) is cheaper. Factoring Gamma is serial and in float64:
+// one of its multiply-adds costs as much as some eight of those saved.
 template <class T>
 bool CpuLinearization<T>::implicit_pays(Distribution distribution, int64_t K) const {
   const double N = double(N_), D0 = double(D_[0]), D1 = double(D_[1]);
@@ -41,14 +42,15 @@ bool CpuLinearization<T>::implicit_pays(Distribution distribution, int64_t K) co
          8 * N * N * N / 3 < double(K) * N * D1 * (D0 - N);
 }
 
-// F with Gamma = F F', in panels (panels, N, kPanel): factor[p][k][i] = F(p kPanel + i, k) for k <
-// rank. Cholesky with diagonal pivoting, stopped where the rest is rounding error: Gamma is
-// singular when samples repeat or N > rank X + 1. Returns the rank.
+// F with Gamma = F F', in panels (panels, N, kPanel): factor[p][k][i] = F(p kPanel + i, k) for
+// k < rank. Returns the rank. Cholesky with diagonal pivoting stops where the rest is rounding
+// error: Gamma is singular when samples repeat or N > rank X + 1.
 template <class T>
 int64_t CpuLinearization<T>::gram_factor(const T* gram, T* factor) const {
-  const int64_t N = N_, rows = panels_ * NR;
-  std::vector<double> rest(size_t(N * N)),
-      row(size_t(N), 0.0);  // the Schur complement, and one row of F'
+  const int64_t N = N_;
+  const int64_t rows = panels_ * NR;
+  std::vector<double> rest(size_t(N * N));  // the Schur complement
+  std::vector<double> row(size_t(N), 0.0);  // of F'
   double largest = 0;
   for (int64_t i = 0; i < N; ++i) {
     for (int64_t j = 0; j < N; ++j)

@@ -1,5 +1,5 @@
-// The engine of one instruction set, behind a table: the same sources are compiled once per set,
-// and one is chosen at load time.
+// The engine of one instruction set as a table of functions: the same sources are compiled once per
+// set, and one is chosen at load time.
 #pragma once
 #include <memory>
 #include <string>
@@ -19,12 +19,13 @@ struct Isa {
   void (*draw_float)(Stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end, float* out);
   void (*draw_double)(Stream, uint64_t seed, uint32_t probe, int64_t begin, int64_t end,
                       double* out);
-  // Multiply-adds per second of one thread in registers, times two: the roof of every kernel.
+  // Operations per second of one thread in registers, two per multiply-add: the roof of every
+  // kernel.
   double (*fma_peak_float)(double seconds);
   double (*fma_peak_double)(double seconds);
 };
 
-// Those compiled in and supported by this processor, best first.
+// The sets compiled in and supported by this processor, best first.
 const std::vector<const Isa*>& available_isas();
 
 }  // namespace hvpfast

@@ -1,15 +1,14 @@
-// The CPU engine's linearization: declarations. The equations are in linearize-inl.h,
-// tangents-inl.h, products-inl.h, third_order-inl.h and cores-inl.h.
+// The CPU engine's linearization: declarations, by the file that has the equations.
 #pragma once
 #include <algorithm>
 #include <vector>
 
 #include "arena.h"
 #include "common/contract.h"
-#include "common/residuals.h"
 #include "gemm-inl.h"
 #include "parallel.h"
 #include "real-inl.h"
+#include "residuals.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
@@ -78,29 +77,36 @@ class CpuLinearization final : public Linearization<T> {
   void loss_hvp(const Streams<T>& s, int64_t k, Range panels) const;
   void tangent_backward(const LayerPointers<T>& v, Streams<T>& s, int64_t k, Range panels,
                         Curvature curvature) const;
-  double quadratic_chunk(const LayerPointers<T>& v, const Streams<T>& s, int64_t k, Range panels,
-                         Curvature curvature, T* scratch) const;
   void tangent_streams(Team& team, const T* tangents, Streams<T>& s, Range panels,
                        Curvature curvature, T* const* x_scratch, bool first_layer_done) const;
+  template <class Body>
+  void for_each_chunk(Team& team, int64_t num_chunks, int64_t K, Body&& body) const;
+  double quadratic_chunk(const LayerPointers<T>& v, const Streams<T>& s, int64_t k, Range panels,
+                         Curvature curvature, T* scratch) const;
 
   // products-inl.h
   struct Factor;
   struct Product;
+  struct StripPass;
   void run_product(const Product& product, Range strips, Range outputs, T* scratch) const;
+  void bias_sums(const Product& product, Range outputs) const;
   void run_products(Team& team, const std::vector<Product>& products, T* const* scratch) const;
   size_t product_scratch(int64_t panels) const;
   std::vector<Product> hvp_products(const Streams<T>& s, Range panels, T* out, Curvature curvature,
                                     int first_layer) const;
 
   // third_order-inl.h
-  void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1,
-                   T z_dot_u1_scale, T g_loss, Curvature curvature, T* out, int threads) const;
   struct Mixed;
-  class CpuPenalty;
+  std::vector<Product> mixed_products(const Streams<T>& v, const Streams<T>& u, const Mixed& mixed,
+                                      Range panels, T* out, bool hessian) const;
+  void scale_first_layer(Team& team, const T* z_dot_u1, T scale, Range panels,
+                         const Streams<T>& u) const;
+  void third_order(const T* tangents, const Streams<T>& v, const T* cotangents, const T* z_dot_u1,
+                   T scale, T g_loss, Curvature curvature, T* out, int threads) const;
   void mixed_chunk(const T* tangents, const T* cotangents, const Streams<T>& v, const Streams<T>& u,
                    Mixed& mixed, Range panels, T g_loss, Curvature curvature) const;
 
-  // cores-inl.h, core_pairs-inl.h and core_gradient-inl.h
+  // exact/cores-inl.h and the files beside it
   struct CoreOptions;
   struct Cores;
   struct CoreBars;
@@ -111,9 +117,17 @@ class CpuLinearization final : public Linearization<T> {
                            const Chosen& chosen) const;
   int64_t core_chunk(const CoreOptions& options) const;
   Cores make_cores(Arena& arena, const CoreOptions& options, int64_t panels) const;
-  void build_cores(Team& team, const Cores& c, T* const* scratch) const;
-  void build_panel(const Cores& c, int64_t p, T* scratch) const;
+  void last_core(const Cores& c, int64_t p) const;
+  void pull_down(const Cores& c, int l, int64_t p, const T* X_above, int64_t columns, T* raw,
+                 T* X) const;
+  void blocks_of_layer(const Cores& c, int l, int64_t p) const;
+  void first_mixed_block(const Cores& c, int l, int64_t p, T* M) const;
+  void neighbour_blocks(const Cores& c, int l, int64_t p) const;
   void lowest_core(const Cores& c, int64_t p, T* scratch) const;
+  void inner_core(const Cores& c, int l, int64_t p, T* scratch) const;
+  void pack_core(const Cores& c, int l, int64_t p) const;
+  void build_panel(const Cores& c, int64_t p, T* scratch) const;
+  void build_cores(Team& team, const Cores& c, T* const* scratch) const;
   Vec<T> own_alpha(const Cores& c, int l, int64_t p, int v) const;
   Vec<T> own_trace(const Cores& c, int l, int64_t p, int v) const;
   double core_pairs(const Cores& lanes, int64_t p, const Cores& rows, Range q, bool symmetric,
@@ -122,12 +136,15 @@ class CpuLinearization final : public Linearization<T> {
   void for_core_diagonals(Curvature curvature, const Chosen& chosen, int threads,
                           Body&& body) const;
 
-  // gram-inl.h
+  // gram-inl.h and penalty-inl.h
+  class CpuPenalty;
   bool gram_pays() const;
   void gram_matrix(Team& team, T* gram) const;
   bool implicit_pays(Distribution distribution, int64_t K) const;
   int64_t gram_factor(const T* gram, T* factor) const;
 
+  static std::vector<T*> per_thread(Arena& arena, int team_size, size_t size);
+  std::vector<T*> x_scratch_of(Arena& arena, int team_size, int64_t panels) const;
   const T* pack_x(Range panels, T* scratch) const;
   Range rows_of_samples(int64_t panel) const {
     return {panel * NR, std::min(N_, (panel + 1) * NR)};

@@ -2,8 +2,8 @@
 //   z_l = W_l a_{l-1} + b_l,  a_l = act(z_l)                      l = 1..L, a_0 = x
 //   z_bar_L = dloss/dz_L
 //   a_bar_l = W_{l+1}' z_bar_{l+1},  z_bar_l = s1_l * a_bar_l     l = L-1..1
-// and the residuals s1 = act'(z), s2 = act''(z) * a_bar. Samples are independent: chunks of panels
-// walk through all layers.
+// and the residuals s1 = act'(z), s2 = act''(z) * a_bar. Samples are independent: each chunk of
+// panels walks through all layers.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -14,7 +14,7 @@
 
 namespace hvpfast::HVPFAST_ISA {
 
-// body(row, offset) for every vector of `panels` panels with D rows.
+// body(row, offset of its vector) for both vectors of every row of `panels` panels with D rows.
 template <class T, class Body>
 HVP_INLINE void for_vectors(int64_t panels, int64_t D, Body&& body) {
   int64_t offset = 0;
@@ -40,17 +40,21 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
     return arena_.template take<T>(size_t(panels_ * NR * D_[l]));
   };
   const bool keep_z = problem.third_order && smooth();
-  r_.a.resize(L_ + 1), r_.s1.resize(L_ + 1), r_.s2.resize(L_ + 1), r_.z_bar.resize(L_ + 1);
-  r_.z.resize(L_ + 1), r_.a_bar.resize(L_ + 1);
+  for (auto* array : {&r_.a, &r_.s1, &r_.s2, &r_.z_bar, &r_.z, &r_.a_bar}) array->resize(L_ + 1);
   const bool keep_x = size_t(panels_ * NR * D_[0]) * sizeof(T) <= kMostKeptInput;
   int64_t rows = 1 + keep_x * D_[0] + (1 + (s_.loss == Loss::kCrossEntropy)) * D_[L_];
   for (int l = 1; l < L_; ++l) rows += (3 + smooth() + 2 * keep_z) * D_[l];
   arena_.expect(size_t(panels_ * NR * rows) * sizeof(T));
   if (keep_x) r_.x = residual(0);
   for (int l = 1; l < L_; ++l) {
-    r_.a[l] = residual(l), r_.s1[l] = residual(l), r_.z_bar[l] = residual(l);
+    r_.a[l] = residual(l);
+    r_.s1[l] = residual(l);
+    r_.z_bar[l] = residual(l);
     if (smooth()) r_.s2[l] = residual(l);
-    if (keep_z) r_.z[l] = residual(l), r_.a_bar[l] = residual(l);
+    if (keep_z) {
+      r_.z[l] = residual(l);
+      r_.a_bar[l] = residual(l);
+    }
   }
   r_.z_bar[L_] = residual(L_);
   if (s_.loss == Loss::kCrossEntropy) r_.p = residual(L_);
@@ -63,9 +67,7 @@ CpuLinearization<T>::CpuLinearization(const Problem<T>& problem, int threads)
   const int team_size = threads_for(macs_ / 2, threads);
   const int64_t chunk = chunk_panels(panels_, team_size);
   Arena scratch;
-  std::vector<T*> x_scratch(team_size);
-  if (!r_.x)
-    for (T*& x : x_scratch) x = scratch.take<T>(size_t(chunk * NR * D_[0]));
+  const std::vector<T*> x_scratch = x_scratch_of(scratch, team_size, chunk);
   parallel(team_size, [&](Team& team) {
     team.for_each(chunks({0, panels_}, chunk), [&](int64_t i) {
       primal_chunk({i * chunk, std::min(panels_, (i + 1) * chunk)}, x_scratch[team.rank]);
@@ -84,6 +86,22 @@ int CpuLinearization<T>::threads_for(double macs, int threads) const {
 template <class T>
 int64_t CpuLinearization<T>::chunk_panels(int64_t panels, int threads) const {
   return std::clamp<int64_t>(panels / threads, 1, kChunkPanels);
+}
+
+// `size` numbers for each thread of a team.
+template <class T>
+std::vector<T*> CpuLinearization<T>::per_thread(Arena& arena, int team_size, size_t size) {
+  std::vector<T*> arrays(static_cast<size_t>(team_size));
+  for (T*& array : arrays) array = arena.template take<T>(size);
+  return arrays;
+}
+
+// Where each thread packs so many panels of x; null where all panels of x are kept.
+template <class T>
+std::vector<T*> CpuLinearization<T>::x_scratch_of(Arena& arena, int team_size,
+                                                  int64_t panels) const {
+  if (r_.x) return std::vector<T*>(static_cast<size_t>(team_size));
+  return per_thread(arena, team_size, size_t(panels * NR * D_[0]));
 }
 
 // The panels of a_0 = x: those kept, or packed into scratch.
@@ -112,7 +130,8 @@ void CpuLinearization<T>::weigh_targets() {
   }
   const int64_t* y = static_cast<const int64_t*>(problem_.y);
   const bool weighted = !s_.class_weights.empty();
-  double total = double(C), counted = 0;
+  double total = double(C);
+  double counted = 0;
   if (weighted) {
     total = 0;
     for (double c : s_.class_weights) total += c;

@@ -1,5 +1,5 @@
-// Many models of one network at once: one Linearization each, and the threads share out the models.
-// Every result is the one that a model gives alone, to the last bit, for any number of threads.
+// Many models of one network at once: one Linearization each, with the models distributed over the
+// threads. Every result has the bits that a model gives alone, for any number of threads.
 #pragma once
 #include <cstdint>
 #include <exception>
@@ -15,7 +15,8 @@
 
 namespace hvpfast {
 
-// What M models are given. Arrays have the models one after the other, or are shared by all.
+// The arguments of linearize for M models. Arrays hold the models one after the other, or are
+// shared.
 template <class T>
 struct ModelsProblem {
   std::shared_ptr<const MlpSpec> spec;
@@ -29,9 +30,8 @@ struct ModelsProblem {
   bool third_order;
 };
 
-// body(m, threads) for every model m: on one thread each where there are enough models for all
-// threads, else one after the other on all of them. Of several exceptions that of the first model
-// is thrown.
+// body(m, threads) for every model m: on one thread each where there is a model for every thread,
+// else one after the other on all threads. Of several exceptions that of the first model is thrown.
 template <class Body>
 void for_models(int64_t M, int threads, Body&& body) {
   if (threads <= 1 || M < threads) {
@@ -137,8 +137,8 @@ class ModelsLinearization {
                                   out + m * P_, own);
     });
   }
-  // For tangents (M, K, P), which must outlive the result, or where that is null for probes, of
-  // which model m has those from first + m K on.
+  // For tangents (M, K, P), which must outlive the result or, where those are null, for probes:
+  // model m has those from first + m K on.
   std::unique_ptr<ModelsPenalty<T>> penalty(const T* tangents, const Probes* probes, int64_t K,
                                             Curvature curvature, int threads) const {
     std::vector<std::unique_ptr<Penalty<T>>> penalties(models_.size());

@@ -1,4 +1,4 @@
-// The contract of contract.h on the CPU, compiled once per instruction set.
+// The contract of common/contract.h on the CPU, compiled once per instruction set.
 #include "exact/core_penalty-inl.h"
 #include "isa.h"
 #include "peak-inl.h"
@@ -6,8 +6,8 @@
 
 namespace hvpfast::HVPFAST_ISA {
 
-// Panels whose streams (so many arrays of K tangents) fit in a share of the last-level cache; at
-// least one chunk.
+// The number of panels, at least kProductPanels, whose streams fit in a share of the last-level
+// cache; per layer there are `arrays` arrays of K tangents.
 template <class T>
 int64_t CpuLinearization<T>::super_tile(int64_t K, int arrays) const {
   constexpr double kStreamBytes = 8e6;
@@ -22,8 +22,7 @@ template <class T>
 void CpuLinearization<T>::gradient(T* out, int threads) const {
   const int team_size = threads_for(macs_, threads);
   Arena arena;
-  std::vector<T*> scratch(team_size);
-  for (T*& s : scratch) s = arena.template take<T>(product_scratch(panels_));
+  const std::vector<T*> scratch = per_thread(arena, team_size, product_scratch(panels_));
   std::vector<Product> products;
   for (int l = 1; l <= L_; ++l)
     products.push_back(
@@ -31,8 +30,8 @@ void CpuLinearization<T>::gradient(T* out, int threads) const {
   parallel(team_size, [&](Team& team) { run_products(team, products, scratch.data()); });
 }
 
-// (H v_k)_l = z_bar_dot_l a_{l-1}' + z_bar_l a_dot_{l-1}' for l >= first_layer; second term:
-// Hessian only.
+// (H v_k)_l = z_bar_dot_l a_{l-1}' + z_bar_l a_dot_{l-1}' for l >= first_layer
+// The second term belongs to the Hessian only.
 template <class T>
 std::vector<typename CpuLinearization<T>::Product> CpuLinearization<T>::hvp_products(
     const Streams<T>& s, Range panels, T* out, Curvature curvature, int first_layer) const {
@@ -59,14 +58,13 @@ void CpuLinearization<T>::hvp(const T* tangents, int64_t K, Curvature curvature,
   Arena arena;
   const int64_t tile = super_tile(K, smooth() ? 3 : 2);
   const int team_size = threads_for(double(K) * macs_, threads);
-  std::vector<T*> scratch(team_size), x_scratch(team_size);
-  for (T*& s : scratch) s = arena.template take<T>(product_scratch(tile));
-  if (!r_.x)
-    for (T*& x : x_scratch) x = arena.template take<T>(size_t(kChunkPanels * NR * D_[0]));
+  const std::vector<T*> scratch = per_thread(arena, team_size, product_scratch(tile));
+  const std::vector<T*> x_scratch = x_scratch_of(arena, team_size, kChunkPanels);
   Streams<T> s = make_streams(arena, K, {0, tile}, false);
   for (int64_t first = 0; first < panels_; first += tile) {
     const Range panels{first, std::min(panels_, first + tile)};
-    s.first = first, s.panels = panels.size();
+    s.first = first;
+    s.panels = panels.size();
     const std::vector<Product> products = hvp_products(s, panels, out, curvature, 1);
     parallel(team_size, [&](Team& team) {
       tangent_streams(team, tangents, s, panels, curvature, x_scratch.data(), false);
@@ -83,33 +81,27 @@ void CpuLinearization<T>::quadratic(const T* tangents, int64_t K, Curvature curv
   const int64_t chunk = panels_ <= 2 * kChunkPanels ? 1 : kChunkPanels;
   const int64_t num_chunks = chunks({0, panels_}, chunk);
   Arena arena;
-  std::vector<Streams<T>> streams;
-  std::vector<T*> scratch, x_scratch(team_size);
   const int64_t widest = *std::max_element(D_ + 1, D_ + L_ + 1);
-  for (int rank = 0; rank < team_size; ++rank) {
+  std::vector<Streams<T>> streams;
+  for (int rank = 0; rank < team_size; ++rank)
     streams.push_back(make_streams(arena, 1, {0, chunk}, false));
-    scratch.push_back(arena.template take<T>(size_t(chunk * NR * widest)));
-    if (!r_.x) x_scratch[rank] = arena.template take<T>(size_t(chunk * NR * D_[0]));
-  }
+  const std::vector<T*> scratch = per_thread(arena, team_size, size_t(chunk * NR * widest));
+  const std::vector<T*> x_scratch = x_scratch_of(arena, team_size, chunk);
   std::vector<double> partial(size_t(K * num_chunks));
   parallel(team_size, [&](Team& team) {
     Streams<T>& s = streams[size_t(team.rank)];
-    const auto run = [&](int64_t i, int64_t k_begin, int64_t k_end) {
+    for_each_chunk(team, num_chunks, K, [&](int64_t i, Range ks) {
       const Range panels{i * chunk, std::min(panels_, (i + 1) * chunk)};
-      s.first = panels.begin, s.panels = panels.size();
+      s.first = panels.begin;
+      s.panels = panels.size();
       const T* x = pack_x(panels, x_scratch[team.rank]);
-      for (int64_t k = k_begin; k < k_end; ++k) {
+      for (int64_t k = ks.begin; k < ks.end; ++k) {
         const LayerPointers<T> v(tangents + k * layout_.P, layout_);
         tangent_forward(v, s, 0, panels, x);
         partial[size_t(k * num_chunks + i)] =
             quadratic_chunk(v, s, 0, panels, curvature, scratch[team.rank]);
       }
-    };
-    if (r_.x) {
-      team.for_each(num_chunks * K, [&](int64_t task) { run(task / K, task % K, task % K + 1); });
-    } else {
-      team.for_each(num_chunks, [&](int64_t i) { run(i, 0, K); });
-    }
+    });
   });
   for (int64_t k = 0; k < K; ++k) {
     double sum = 0;

@@ -1,6 +1,6 @@
-// Moves between layouts: rows of samples (n, features), panels (panels, d, kPanel) and strips (n,
-// kPanel features). A strip is the right operand of a product over samples; a panel is the right
-// operand of a product over features.
+// Moves between layouts: rows of samples (n, features), panels (panels, d, kPanel) and strips
+// (n, kPanel features). A strip is the right operand of a product over samples, a panel that of a
+// product over features.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -63,6 +63,21 @@ HVP_INLINE Vec<T> sums_of_lanes(Vec<T>* r) {
 #pragma GCC unroll 16
   for (int i = 1; i < kLanes<T>; ++i) sum += r[i];
   return sum;
+}
+
+// For `rows` <= kLanes features, the sums over all samples of some panels, panel_size numbers
+// apart.
+template <class T>
+HVP_INLINE Vec<T> sums_over_samples(const T* first, int64_t rows, int64_t panels,
+                                    int64_t panel_size) {
+  constexpr int W = kLanes<T>, NR = kPanel<T>;
+  Vec<T> sums[W] = {};
+  for (int64_t p = 0; p < panels; ++p) {
+    const T* panel = first + p * panel_size;
+    for (int64_t row = 0; row < rows; ++row)
+      sums[row] += load(panel + row * NR) + load(panel + row * NR + W);
+  }
+  return sums_of_lanes<T>(sums);
 }
 
 // One panel (d, kPanel) from `count` <= kPanel rows of samples; missing samples are zero.

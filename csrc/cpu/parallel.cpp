@@ -35,8 +35,8 @@ bool wait_until(Condition done, int64_t spins, int64_t tries) {
   }
   return false;
 }
-// Inside a region: who yields its core to another library's spinning thread gets it back after
-// milliseconds, so it is kept for about the length of a region.
+// Inside a region: a core yielded to another library's spinning thread comes back after
+// milliseconds, so a member spins for about the length of a region first.
 constexpr int64_t kRegionSpins = 20000;
 constexpr int64_t kForever = INT64_MAX;
 // Between regions: a worker spins, yields, then sleeps.
@@ -136,8 +136,8 @@ void Team::wait(const std::atomic<int64_t>& done, int64_t count) {
 }
 
 // The OpenMP runtime that this process already has (torch brings one), or null. Its idle threads
-// spin for milliseconds after a region: threads of our own beside them would wait for a core that
-// long, and its threads start at once. GOMP_parallel is libgomp's stable entry, which LLVM's
+// spin for milliseconds after a region: threads of our own beside them would wait that long for a
+// core, while its own threads start at once. GOMP_parallel is libgomp's stable entry, which LLVM's
 // runtime has as well.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 static OpenMpParallel openmp_parallel() {

@@ -1,8 +1,8 @@
-// One set of threads for the process: those of the OpenMP runtime that is loaded already, or a
-// pool of our own. A parallel region runs the same function on the members of a
-// team; inside it, for_each hands out tasks. A phase ends when its tasks are done, not when every
-// member has come by: a member that the system does not run (other libraries' threads may spin on
-// its core) delays nobody. No result depends on who runs which task.
+// One set of threads for the process: those of the OpenMP runtime that is already loaded, or a pool
+// of our own. A parallel region runs the same function on the members of a team; inside it,
+// for_each hands out tasks. A phase ends when its tasks are done, not when every member has
+// arrived: a member that the system does not run (another library's thread may spin on its core)
+// delays nobody. No result depends on who runs which task.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -52,7 +52,7 @@ class Team {
   int phase_ = 0;
 };
 
-// Runs body on a team of at most `threads` members: of one member where the pool is busy with
+// Runs body on a team of at most `threads` members; on one member where the pool is busy with
 // another caller.
 void parallel(int threads, const std::function<void(Team&)>& body);
 

@@ -1,11 +1,10 @@
 // mean_k ||H v_k||^2 and its gradient 2/K sum_k T[v_k, H v_k] (T: the third derivative), merged
 // with the loss gradient.
 //
-// With few samples, N < 2 D[0], the first layer's block of u = H v is never formed: G = z_bar_dot_1
-// gives u_1 = G [X 1], and
-//   ||u_1||^2 = <G, G Gamma>,   u_1 [x; 1] = G Gamma,   Gamma = X X' + 1 1' (exact)
-// and for normal probes drawn here the first layer's z_dot = V_1 [x; 1] is drawn itself: its rows
-// are N(0, Gamma).
+// With few samples (gram_pays) the first layer's block of u = H v is never formed: with
+// G = z_bar_dot_1 it is u_1 = G [X 1], and exactly
+//   ||u_1||^2 = <G, G Gamma>,   u_1 [x; 1] = G Gamma,   Gamma = X X' + 1 1'
+// For normal probes drawn here, z_dot_1 = V_1 [x; 1] itself is drawn: its rows are N(0, Gamma).
 #pragma once
 #include "gram-inl.h"
 
@@ -45,7 +44,9 @@ CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T
                                             const Probes* probes, int64_t K, Curvature curvature,
                                             int threads)
     : lin_(lin), K_(K), curvature_(curvature), tangents_(tangents) {
-  const int64_t P = lin.layout_.P, panels = lin.panels_, tile = lin.super_tile(K, 2);
+  const int64_t P = lin.layout_.P;
+  const int64_t panels = lin.panels_;
+  const int64_t tile = lin.super_tile(K, 2);
   const int team_size = lin.threads_for(double(K) * lin.macs_, threads);
   Arena scratch_arena;
   v_ = lin.make_streams(arena_, K, {0, panels}, true);
@@ -58,11 +59,8 @@ CpuLinearization<T>::CpuPenalty::CpuPenalty(const CpuLinearization& lin, const T
     z_dot_u1_ = arena_.template take<T>(size_t(K * panels * lin.D_[1] * NR));
     gram = scratch_arena.template take<T>(size_t(panels * panels * NR * NR));
   }
-  std::vector<T*> scratch(team_size), x_scratch(team_size);
-  for (T*& s : scratch) s = scratch_arena.template take<T>(lin.product_scratch(tile));
-  if (!lin.r_.x)
-    for (T*& x : x_scratch)
-      x = scratch_arena.template take<T>(size_t(kChunkPanels * NR * lin.D_[0]));
+  const std::vector<T*> scratch = per_thread(scratch_arena, team_size, lin.product_scratch(tile));
+  const std::vector<T*> x_scratch = lin.x_scratch_of(scratch_arena, team_size, kChunkPanels);
   std::vector<double> norms(size_t(K * (panels + (P - first_u_ + kBlock - 1) / kBlock)), 0.0);
 
   const bool implicit = drawn && lin.implicit_pays(probes->distribution, K);
@@ -95,9 +93,11 @@ void CpuLinearization<T>::CpuPenalty::draw(Team& team, const Probes& probes, T* 
                                            int64_t begin) const {
   const Stream stream =
       probes.distribution == Distribution::kRademacher ? Stream::kRademacher : Stream::kNormal;
-  const int64_t P = lin_.layout_.P, blocks = (P - begin + kBlock - 1) / kBlock;
+  const int64_t P = lin_.layout_.P;
+  const int64_t blocks = (P - begin + kBlock - 1) / kBlock;
   team.for_each(K_ * blocks, [&](int64_t task) {
-    const int64_t k = task / blocks, first = begin + task % blocks * kBlock;
+    const int64_t k = task / blocks;
+    const int64_t first = begin + task % blocks * kBlock;
     draw_probe(stream, probes.seed, probes.first + uint32_t(k), first, std::min(P, first + kBlock),
                tangents + k * P + first);
   });
@@ -146,7 +146,8 @@ void CpuLinearization<T>::CpuPenalty::first_layer_norms(Team& team, const T* gra
 
 template <class T>
 void CpuLinearization<T>::CpuPenalty::other_norms(Team& team, double* norms) const {
-  const int64_t P = lin_.layout_.P, blocks = (P - first_u_ + kBlock - 1) / kBlock;
+  const int64_t P = lin_.layout_.P;
+  const int64_t blocks = (P - first_u_ + kBlock - 1) / kBlock;
   team.for_each(K_ * blocks, [&](int64_t task) {
     const T* u = u_ + task / blocks * P;
     int64_t i = first_u_ + task % blocks * kBlock;

@@ -1,6 +1,5 @@
-// Vectors of the instruction set this file is compiled for. GCC and Clang vector extensions, so
-// that one source serves SSE2, AVX2, AVX-512 and NEON; every width below is a compile-time
-// constant.
+// Vectors of the instruction set that this file is compiled for. They are GCC and Clang's vector
+// extensions, so that one source serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,8 +12,7 @@ namespace hvpfast::HVPFAST_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kRowBlock =
-    8;  // 8 x 2 accumulators of 32 registers; 4-cycle FMA latency x 2 ports needs 8 or more
+constexpr int kRowBlock = 8;  // 8 x 2 of 32 registers accumulate; FMA latency 4 x 2 ports needs 8
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
 constexpr int kRowBlock = 6;  // 6 x 2 accumulators + 2 panel vectors + 1 broadcast of 16 registers

@@ -1,11 +1,10 @@
 // One tangent (V_l, v_l) through the network and back:
-//   forward   z_dot_l     = V_l a_{l-1} + W_l a_dot_{l-1} + v_l         a_dot_0 = 0
+//   forward   z_dot_l     = V_l a_{l-1} + W_l a_dot_{l-1} + v_l           a_dot_0 = 0
 //             a_dot_l     = s1_l * z_dot_l
 //   loss      z_bar_dot_L = (d2 loss / dz2) z_dot_L
-//   backward  a_bar_dot_l = W_{l+1}' z_bar_dot_{l+1} + V_{l+1}' z_bar_{l+1}     second term:
-//   Hessian only
-//             z_bar_dot_l = s1_l * a_bar_dot_l + s2_l * z_dot_l                 second term:
-//             Hessian only
+//   backward  a_bar_dot_l = W_{l+1}' z_bar_dot_{l+1} + V_{l+1}' z_bar_{l+1}
+//             z_bar_dot_l = s1_l * a_bar_dot_l + s2_l * z_dot_l
+// The second terms of the backward pass belong to the Hessian only.
 #pragma once
 #include "linearize-inl.h"
 
@@ -15,9 +14,11 @@ template <class T>
 Streams<T> CpuLinearization<T>::make_streams(Arena& arena, int64_t K, Range panels,
                                              bool keep_a_bar_dot) const {
   Streams<T> s;
-  s.K = K, s.first = panels.begin, s.panels = panels.size(), s.D = D_;
-  s.z_dot.resize(L_ + 1), s.a_dot.resize(L_ + 1), s.a_bar_dot.resize(L_ + 1),
-      s.z_bar_dot.resize(L_ + 1);
+  s.K = K;
+  s.first = panels.begin;
+  s.panels = panels.size();
+  s.D = D_;
+  for (auto* array : {&s.z_dot, &s.a_dot, &s.a_bar_dot, &s.z_bar_dot}) array->resize(L_ + 1);
   for (int l = 1; l <= L_; ++l) {
     const auto stream = [&] {
       return arena.template take<T>(size_t(K * s.panels * s.panel_size(l)));
@@ -99,7 +100,8 @@ void CpuLinearization<T>::tangent_backward(const LayerPointers<T>& v, Streams<T>
                                            Range panels, Curvature curvature) const {
   const int num_terms = curvature == Curvature::kHessian ? 2 : 1;
   for (int l = L_ - 1; l >= 1; --l) {
-    const int64_t above = D_[l + 1] * NR, first = panels.begin * D_[l] * NR;
+    const int64_t above = D_[l + 1] * NR;
+    const int64_t first = panels.begin * D_[l] * NR;
     T* a_bar_dot = s.at(s.a_bar_dot, l, k, panels.begin);
     const LayerTerm<T> terms[] = {
         {problem_.params.W[l + 1], D_[l], s.at(s.z_bar_dot, l + 1, k, panels.begin), above},
@@ -117,9 +119,23 @@ void CpuLinearization<T>::tangent_backward(const LayerPointers<T>& v, Streams<T>
   }
 }
 
-// All K tangents through some panels of s. Tasks are (chunk, tangent); the first layer of a wide
-// network with few samples is split by rows instead, for there each row of V is long and must be
-// read once only. first_layer_done: z_dot_1 holds V_1 x + v_1 already.
+// body(chunk, range of tangents) for all chunks and all K tangents: one tangent per task, or all of
+// them where each chunk of x must be packed first.
+template <class T>
+template <class Body>
+void CpuLinearization<T>::for_each_chunk(Team& team, int64_t num_chunks, int64_t K,
+                                         Body&& body) const {
+  if (r_.x) {
+    team.for_each(num_chunks * K,
+                  [&](int64_t task) { body(task / K, Range{task % K, task % K + 1}); });
+  } else {
+    team.for_each(num_chunks, [&](int64_t i) { body(i, Range{0, K}); });
+  }
+}
+
+// All K tangents through some panels of s. The first layer of a wide network with few samples is
+// split by rows, not by chunks: each row of V is long and must be read only once. first_layer_done:
+// z_dot_1 already holds V_1 x + v_1.
 template <class T>
 void CpuLinearization<T>::tangent_streams(Team& team, const T* tangents, Streams<T>& s,
                                           Range panels, Curvature curvature, T* const* x_scratch,
@@ -141,24 +157,18 @@ void CpuLinearization<T>::tangent_streams(Team& team, const T* tangents, Streams
   const int64_t chunk = s.K >= team.size ? std::min(kChunkPanels, panels.size())
                                          : chunk_panels(panels.size() * s.K, team.size);
   const int64_t num_chunks = chunks(panels, chunk);
-  const auto run = [&](int64_t i, int64_t k_begin, int64_t k_end) {
+  for_each_chunk(team, num_chunks, s.K, [&](int64_t i, Range ks) {
     const Range own{panels.begin + i * chunk, std::min(panels.end, panels.begin + (i + 1) * chunk)};
     const T* x =
         wide || first_layer_done ? nullptr : pack_x(own, r_.x ? nullptr : x_scratch[team.rank]);
-    for (int64_t k = k_begin; k < k_end; ++k) {
+    for (int64_t k = ks.begin; k < ks.end; ++k) {
       LayerPointers<T> v(tangents + k * layout_.P, layout_);
       if (first_layer_done) v.b[1] = nullptr;
       tangent_forward(v, s, k, own, x);
       loss_hvp(s, k, own);
       tangent_backward(v, s, k, own, curvature);
     }
-  };
-  if (r_.x) {
-    team.for_each(num_chunks * s.K,
-                  [&](int64_t task) { run(task / s.K, task % s.K, task % s.K + 1); });
-  } else {
-    team.for_each(num_chunks, [&](int64_t i) { run(i, 0, s.K); });
-  }
+  });
 }
 
 // v'Hv of some panels, without the backward pass or Hv:
@@ -174,7 +184,10 @@ double CpuLinearization<T>::quadratic_chunk(const LayerPointers<T>& v, const Str
     double total = 0;
     for (int64_t i = 0; i < vectors; ++i) {
       sum += term(i * W);
-      if (i % 256 == 255) total += sum_lanes<T>(sum), sum = Vec<T>{};
+      if (i % 256 == 255) {
+        total += sum_lanes<T>(sum);
+        sum = Vec<T>{};
+      }
     }
     return total + sum_lanes<T>(sum);
   };

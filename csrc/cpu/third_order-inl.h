@@ -1,19 +1,17 @@
 // d/dparams sum_k <u_k, H v_k>, with tangents v_k and cotangents u_k held fixed: third order,
-// collapsed over k. Write z_v, z_u for the streams of the two tangents and z_uv for the mixed one;
-// the mixed stream is linear, so it is summed over k as it is formed and meets every W once:
-//   forward   z_uv_l     = W_l a_uv_{l-1} + sum_k (U_l a_v_{l-1} + V_l a_u_{l-1})         z_uv_1 =
-//   0        Hessian only
-//             a_uv_l     = s1 * z_uv_l + sum_k act'' * z_v_l * z_u_l Hessian only
-//   loss      z_bar_uv_L = D2[z_uv_L] + sum_k D3[z_v_L, z_u_L]                          first term:
-//   Hessian only backward  a_bar_uv_l = W_{l+1}' z_bar_uv_{l+1} + sum_k (V_{l+1}' z_bar_u_{l+1} +
-//   U_{l+1}' z_bar_v_{l+1})
+// collapsed over k. z_v and z_u are the streams of the two tangents and z_uv the mixed one. The
+// mixed stream is linear, so it is summed over k as it is formed and meets every W once:
+//   forward   z_uv_l     = W_l a_uv_{l-1} + sum_k (U_l a_v_{l-1} + V_l a_u_{l-1})       z_uv_1 = 0
+//             a_uv_l     = s1 * z_uv_l + sum_k act'' * z_v_l * z_u_l
+//   loss      z_bar_uv_L = D2[z_uv_L] + sum_k D3[z_v_L, z_u_L]
+//   backward  a_bar_uv_l = W_{l+1}' z_bar_uv_{l+1}
+//                          + sum_k (V_{l+1}' z_bar_u_{l+1} + U_{l+1}' z_bar_v_{l+1})
 //             z_bar_uv_l = s1 * a_bar_uv_l + sum_k act'' * (a_bar_u * z_v + a_bar_v * z_u)
-//                          + s2 * z_uv + sum_k act''' * a_bar * z_v * z_u               last two
-//                          terms: Hessian only
-//   product   out_W_l    = z_bar_uv_l a_{l-1}' + z_bar_l a_uv_{l-1}' + sum_k (z_bar_u_l a_v_{l-1}'
-//   + z_bar_v_l a_u_{l-1}')
-//             out_b_l    = sum over samples of z_bar_uv_l                               z_bar_l
-//             term: Hessian only
+//                          + s2 * z_uv + sum_k act''' * a_bar * z_v * z_u
+//   product   out_W_l    = z_bar_uv_l a_{l-1}' + z_bar_l a_uv_{l-1}'
+//                          + sum_k (z_bar_u_l a_v_{l-1}' + z_bar_v_l a_u_{l-1}')
+//             out_b_l    = sum over samples of z_bar_uv_l
+// Hessian only: the forward pass, D2[z_uv_L], the second line of z_bar_uv_l, z_bar_l a_uv_{l-1}'.
 // Adding g z_bar_L to z_bar_uv_L adds g dL/dparams to the result: the recursion is linear.
 #pragma once
 #include "products-inl.h"
@@ -43,7 +41,9 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
                                       const Streams<T>& u, Mixed& mixed, Range panels, T g_loss,
                                       Curvature curvature) const {
   const bool hessian = curvature == Curvature::kHessian;
-  const int64_t count = panels.size(), first = panels.begin, K = v.K;
+  const int64_t count = panels.size();
+  const int64_t first = panels.begin;
+  const int64_t K = v.K;
   const auto own = [&](const std::vector<T*>& array, int l) {
     return array[l] + (first - mixed.first) * D_[l] * NR;
   };
@@ -144,8 +144,8 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
     for_vectors<T>(count, D_[l], [&](int64_t, int64_t at) {
       Vec<T> cross{}, product{};
       for (int64_t k = 0; k < K; ++k) {
-        const Vec<T> z_v = load(v.at(v.z_dot, l, k, first) + at),
-                     z_u = load(u.at(u.z_dot, l, k, first) + at);
+        const Vec<T> z_v = load(v.at(v.z_dot, l, k, first) + at);
+        const Vec<T> z_u = load(u.at(u.z_dot, l, k, first) + at);
         cross += load(u.at(u.a_bar_dot, l, k, first) + at) * z_v +
                  load(v.at(v.a_bar_dot, l, k, first) + at) * z_u;
         product += z_v * z_u;
@@ -157,24 +157,61 @@ void CpuLinearization<T>::mixed_chunk(const T* tangents, const T* cotangents, co
   }
 }
 
-// z_dot_u1: (K, panels, D[1]) in place of the first layer's product with u, scaled by
-// z_dot_u1_scale; null: cotangents hold all layers of u.
+// out_W_l and out_b_l, summed over some panels.
+template <class T>
+std::vector<typename CpuLinearization<T>::Product> CpuLinearization<T>::mixed_products(
+    const Streams<T>& v, const Streams<T>& u, const Mixed& mixed, Range panels, T* out,
+    bool hessian) const {
+  const int64_t first = panels.begin;
+  const auto residual = [&](const std::vector<T*>& array, int l) {
+    return array[l] + first * D_[l] * NR;
+  };
+  std::vector<Product> products;
+  for (int l = 1; l <= L_; ++l) {
+    Product product{l, 1, out, panels, first > 0, {}};
+    product.factors.push_back({mixed.z_bar[l], 0, l > 1 ? residual(r_.a, l - 1) : nullptr, 0});
+    if (hessian && l > 1 && (l > 2 || smooth()))
+      product.factors.push_back({residual(r_.z_bar, l), 0, mixed.a[l - 1], 0});
+    for (int64_t k = 0; l > 1 && k < v.K; ++k) {
+      product.factors.push_back(
+          {u.at(u.z_bar_dot, l, k, first), 0, v.at(v.a_dot, l - 1, k, first), 0});
+      product.factors.push_back(
+          {v.at(v.z_bar_dot, l, k, first), 0, u.at(u.a_dot, l - 1, k, first), 0});
+    }
+    products.push_back(std::move(product));
+  }
+  return products;
+}
+
+// z_dot_1 of u = scale z_dot_u1 (K, panels, D[1]), for some panels.
+template <class T>
+void CpuLinearization<T>::scale_first_layer(Team& team, const T* z_dot_u1, T scale, Range panels,
+                                            const Streams<T>& u) const {
+  const int64_t size = panels.size() * D_[1] * NR;
+  team.for_each(u.K, [&](int64_t k) {
+    const T* from = z_dot_u1 + (k * panels_ + panels.begin) * D_[1] * NR;
+    T* to = u.at(u.z_dot, 1, k, panels.begin);
+    for (int64_t at = 0; at < size; at += W) store(to + at, scale * load(from + at));
+  });
+}
+
+// z_dot_u1: (K, panels, D[1]) in place of the first layer's product with u, scaled by `scale`;
+// null: cotangents hold all layers of u.
 template <class T>
 void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, const T* cotangents,
-                                      const T* z_dot_u1, T z_dot_u1_scale, T g_loss,
-                                      Curvature curvature, T* out, int threads) const {
+                                      const T* z_dot_u1, T scale, T g_loss, Curvature curvature,
+                                      T* out, int threads) const {
   const bool hessian = curvature == Curvature::kHessian;
-  const int64_t K = v.K, tile = super_tile(K, 4);
+  const int64_t K = v.K;
+  const int64_t tile = super_tile(K, 4);
   const int team_size = threads_for(double(K) * macs_ * 2, threads);
   Arena arena;
-  std::vector<T*> scratch(team_size), x_scratch(team_size);
-  for (T*& s : scratch) s = arena.template take<T>(product_scratch(tile));
-  if (!r_.x)
-    for (T*& x : x_scratch) x = arena.template take<T>(size_t(kChunkPanels * NR * D_[0]));
+  const std::vector<T*> scratch = per_thread(arena, team_size, product_scratch(tile));
+  const std::vector<T*> x_scratch = x_scratch_of(arena, team_size, kChunkPanels);
   Streams<T> u = make_streams(arena, K, {0, tile}, true);
   Mixed mixed;
-  mixed.z.resize(L_ + 1), mixed.a.resize(L_ + 1), mixed.z_bar.resize(L_ + 1),
-      mixed.d2.resize(L_ + 1), mixed.d3.resize(L_ + 1);
+  for (auto* array : {&mixed.z, &mixed.a, &mixed.z_bar, &mixed.d2, &mixed.d3})
+    array->resize(L_ + 1);
   for (int l = 1; l <= L_; ++l) {
     for (auto* array : {&mixed.z, &mixed.a, &mixed.z_bar})
       (*array)[l] = arena.template take<T>(size_t(tile * D_[l] * NR));
@@ -186,33 +223,9 @@ void CpuLinearization<T>::third_order(const T* tangents, const Streams<T>& v, co
     const Range panels{begin, std::min(panels_, begin + tile)};
     u.first = mixed.first = begin;
     u.panels = mixed.panels = panels.size();
-    std::vector<Product> products;
-    for (int l = 1; l <= L_; ++l) {
-      Product product{l, 1, out, panels, begin > 0, {}};
-      const auto layer = [&](int64_t d) { return begin * d * NR; };
-      product.factors.push_back(
-          {mixed.z_bar[l], 0, l > 1 ? r_.a[l - 1] + layer(D_[l - 1]) : nullptr, 0});
-      if (l > 1) {
-        if (hessian && (l > 2 || smooth()))
-          product.factors.push_back({r_.z_bar[l] + layer(D_[l]), 0, mixed.a[l - 1], 0});
-        for (int64_t k = 0; k < K; ++k) {
-          product.factors.push_back(
-              {u.at(u.z_bar_dot, l, k, begin), 0, v.at(v.a_dot, l - 1, k, begin), 0});
-          product.factors.push_back(
-              {v.at(v.z_bar_dot, l, k, begin), 0, u.at(u.a_dot, l - 1, k, begin), 0});
-        }
-      }
-      products.push_back(std::move(product));
-    }
+    const std::vector<Product> products = mixed_products(v, u, mixed, panels, out, hessian);
     parallel(team_size, [&](Team& team) {
-      if (z_dot_u1) {
-        const int64_t size = panels.size() * D_[1] * NR;
-        team.for_each(K, [&](int64_t k) {
-          const T* from = z_dot_u1 + (k * panels_ + begin) * D_[1] * NR;
-          T* to = u.at(u.z_dot, 1, k, begin);
-          for (int64_t at = 0; at < size; at += W) store(to + at, z_dot_u1_scale * load(from + at));
-        });
-      }
+      if (z_dot_u1) scale_first_layer(team, z_dot_u1, scale, panels, u);
       tangent_streams(team, cotangents, u, panels, curvature, x_scratch.data(),
                       z_dot_u1 != nullptr);
       const int64_t chunk = chunk_panels(panels.size(), team.size);
@@ -236,9 +249,7 @@ void CpuLinearization<T>::hvp_vjp(const T* tangents, const T* cotangents, int64_
   Arena arena;
   const int team_size = threads_for(double(K) * macs_, threads);
   Streams<T> v = make_streams(arena, K, {0, panels_}, true);
-  std::vector<T*> x_scratch(team_size);
-  if (!r_.x)
-    for (T*& x : x_scratch) x = arena.template take<T>(size_t(kChunkPanels * NR * D_[0]));
+  const std::vector<T*> x_scratch = x_scratch_of(arena, team_size, kChunkPanels);
   parallel(team_size, [&](Team& team) {
     tangent_streams(team, tangents, v, {0, panels_}, curvature, x_scratch.data(), false);
   });

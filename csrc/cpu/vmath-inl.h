@@ -1,6 +1,6 @@
-// Elementary functions on vectors. Cody-Waite range reduction with the rational and polynomial
-// approximations of the Cephes library (S. L. Moshier, netlib.org/cephes): relative error below 2
-// ulp on the ranges stated.
+// Elementary functions on vectors: Cody-Waite range reduction with the rational and polynomial
+// approximations of the Cephes library (S. L. Moshier, netlib.org/cephes). The relative error is
+// below 2 ulp on the ranges stated.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -36,8 +36,8 @@ template <class T>
 HVP_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr bool kFloat = std::is_same_v<T, float>;
   constexpr T kSmallest = kFloat ? T(-87.3) : T(-708.3);
-  constexpr T kShift =
-      kFloat ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^mantissa: rounds to an integer
+  // 1.5 * 2^mantissa: adding it rounds to an integer.
+  constexpr T kShift = kFloat ? T(12582912.0) : T(6755399441055744.0);
   const Vec<T> clamped = select<T>(x < kSmallest, broadcast(kSmallest), x);
   const Vec<T> shifted = clamped * T(1.4426950408889634) + kShift;
   const Vec<T> n = shifted - kShift;
@@ -109,8 +109,8 @@ HVP_INLINE Vec<T> log_positive(Vec<T> x) {
   return m + y + e * T(0.693359375) + (x - x);  // the bits of a NaN look like a number above
 }
 
-// log(1 + x) for 0 <= x <= 1, relative error a few ulp: log(u) + (x - (u - 1)) / u with u = 1 + x
-// rounded.
+// log(1 + x) = log(u) + (x - (u - 1)) / u with u = 1 + x rounded, for 0 <= x <= 1. The relative
+// error is a few ulp.
 template <class T>
 HVP_INLINE Vec<T> log1p_unit(Vec<T> x) {
   const Vec<T> u = x + T(1);

@@ -1,11 +1,11 @@
 // The reverse of cores-inl.h for one panel, and the sums over samples: equations in
 // core_gradient-inl.h.
 #pragma once
-#include "core_gradient-inl.h"
+#include "core_pull-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
-// The flow at its beginning: g times what the pairs, or the traces, give.
+// Starts the flow with g times the derivatives that the pairs (bars) or the traces (null) give.
 template <class T>
 void CpuLinearization<T>::CpuExactPenalty::start(const Cores& c, const CoreBars* bars,
                                                  const CoreFlow& flow, int64_t p, T g) const {
@@ -22,7 +22,8 @@ void CpuLinearization<T>::CpuExactPenalty::start(const Cores& c, const CoreBars*
   };
   for (int l = 1; l <= L_; ++l) {
     const int64_t d = D_[l];
-    fill(nullptr, flow.z[l], d), fill(nullptr, flow.a_bar[l], d);
+    fill(nullptr, flow.z[l], d);
+    fill(nullptr, flow.a_bar[l], d);
     fill(bars ? bars->z_bar[l] : nullptr, flow.z_bar[l], d);
     if (l == L_) break;
     fill(bars ? bars->a[l] : nullptr, flow.a[l], d);
@@ -59,7 +60,8 @@ void CpuLinearization<T>::CpuExactPenalty::add_neighbours(const Cores& c, const 
                                                           T g) const {
   const Vec<T> scale = broadcast(g);
   const auto add_transposed = [&](const T* from, int64_t rows, int64_t columns, T* to) {
-    from += p * rows * columns * NR, to += p * rows * columns * NR;
+    from += p * rows * columns * NR;
+    to += p * rows * columns * NR;
     for (int64_t j = 0; j < columns; ++j)
       for_vectors<T>(1, rows, [&](int64_t i, int64_t v) {
         T* entry = to + j * rows * NR + v;
@@ -67,35 +69,44 @@ void CpuLinearization<T>::CpuExactPenalty::add_neighbours(const Cores& c, const 
       });
   };
   for (int l = options_.lowest; l < L_; ++l) {
-    const int64_t d = D_[l], above = D_[l + 1];
     for (int m = l + 2; m <= L_; ++m) {
       if (!bars.U_rows(l, m)) continue;
-      add_transposed(bars.U_rows(l, m), d, D_[m], flow.U(l, m));
-      add_transposed(bars.M_rows(l, m), d, D_[m - 1], flow.M(l, m));
+      add_transposed(bars.U_rows(l, m), D_[l], D_[m], flow.U(l, m));
+      add_transposed(bars.M_rows(l, m), D_[l], D_[m - 1], flow.M(l, m));
     }
-    if (!bars.Y[l]) continue;
-    const int64_t first = p * d * above * NR;
-    const T *a = c.a(l, p), *s1 = c.s1(l, p), *z_bar = c.z_bar(l + 1, p);
-    T *a_bar = flow.a[l] + p * d * NR, *z_bar_bar = flow.z_bar[l + 1] + p * above * NR;
-    T* s1_bar = smooth_ ? flow.s1[l] + p * d * NR : nullptr;
-    for (int64_t k = 0; k < above; ++k) {
-      const int64_t column = first + k * d * NR;
-      const T *U = c.U(l, l + 1) + column, *Y = bars.Y[l] + column, *Z = bars.Z[l] + column;
-      T* U_bar = flow.U(l, l + 1) + column;
-      for (int half = 0; half < NR; half += W) {
-        Vec<T> total{};
-        const Vec<T> own = load(z_bar + k * NR + half);
-        for (int64_t i = 0; i < d; ++i) {
-          const int64_t v = i * NR + half;
-          const Vec<T> y = scale * load(Y + v), z = scale * load(Z + v);
-          store(U_bar + v, load(U_bar + v) + load(a + v) * y);
-          store(a_bar + v, load(a_bar + v) + load(U + v) * y);
-          if (s1_bar) store(s1_bar + v, load(s1_bar + v) + own * z);
-          total += load(s1 + v) * z;
-        }
-        T* to = z_bar_bar + k * NR + half;
-        store(to, load(to) + total);
+    if (bars.Y[l]) add_neighbour_blocks(c, bars, flow, l, p, g);
+  }
+}
+
+// Of Y and Z of layer l: a_bar, s1_bar and z_bar_bar, and U_bar.
+template <class T>
+void CpuLinearization<T>::CpuExactPenalty::add_neighbour_blocks(const Cores& c,
+                                                                const CoreBars& bars,
+                                                                const CoreFlow& flow, int l,
+                                                                int64_t p, T g) const {
+  const int64_t d = D_[l], above = D_[l + 1];
+  const int64_t first = p * d * above * NR;
+  const Vec<T> scale = broadcast(g);
+  const T *a = c.a(l, p), *s1 = c.s1(l, p), *z_bar = c.z_bar(l + 1, p);
+  T *a_bar = flow.a[l] + p * d * NR, *z_bar_bar = flow.z_bar[l + 1] + p * above * NR;
+  T* s1_bar = smooth_ ? flow.s1[l] + p * d * NR : nullptr;
+  for (int64_t k = 0; k < above; ++k) {
+    const int64_t column = first + k * d * NR;
+    const T *U = c.U(l, l + 1) + column, *Y = bars.Y[l] + column, *Z = bars.Z[l] + column;
+    T* U_bar = flow.U(l, l + 1) + column;
+    for (int half = 0; half < NR; half += W) {
+      Vec<T> total{};
+      const Vec<T> own = load(z_bar + k * NR + half);
+      for (int64_t i = 0; i < d; ++i) {
+        const int64_t v = i * NR + half;
+        const Vec<T> y = scale * load(Y + v), z = scale * load(Z + v);
+        store(U_bar + v, load(U_bar + v) + load(a + v) * y);
+        store(a_bar + v, load(a_bar + v) + load(U + v) * y);
+        if (s1_bar) store(s1_bar + v, load(s1_bar + v) + own * z);
+        total += load(s1 + v) * z;
       }
+      T* to = z_bar_bar + k * NR + half;
+      store(to, load(to) + total);
     }
   }
 }
@@ -120,7 +131,8 @@ void CpuLinearization<T>::CpuExactPenalty::back_through_cores(const Cores& c, co
         T *entry = own + j * d * NR + v, *mirror = own + (i * d + j) * NR + v % NR;
         Vec<T> value = (i == j ? scale : scale_root) * load(packed + v);
         if (!fresh) value += load(entry);
-        store(entry, value), store(mirror, value);
+        store(entry, value);
+        store(mirror, value);
       });
     if (kind_ == Exact::kTrace && options_.has(l))
       for (int v = 0; v < NR; v += W) {
@@ -175,7 +187,8 @@ void CpuLinearization<T>::CpuExactPenalty::back_through_layer(const Cores& c, co
     for_vectors<T>(1, d, [&](int64_t i, int64_t v) {
       const int64_t entry = k * d * NR + v;
       const Vec<T> e = load(E + (i * above + k) * NR + v % NR), u = load(U_bar + entry);
-      const Vec<T> s = load(s1 + v), twice = u + e + e;
+      const Vec<T> s = load(s1 + v);
+      const Vec<T> twice = u + e + e;
       if (s1_bar) store(s1_bar + v, load(s1_bar + v) + twice * load(U_raw + entry));
       store(U_bar + entry, s * twice);
       store(to_B + entry, s * (u + e));
@@ -187,42 +200,67 @@ void CpuLinearization<T>::CpuExactPenalty::back_through_layer(const Cores& c, co
     for_vectors<T>(1, k, [&](int64_t i, int64_t v) {
       T *entry = next + k * above * NR + v, *mirror = next + (i * above + k) * NR + v % NR;
       const Vec<T> mean = half * (load(entry) + load(mirror));
-      store(entry, mean), store(mirror, mean);
+      store(entry, mean);
+      store(mirror, mean);
     });
+  if (options_.pairs) back_through_blocks(c, flow, l, p);
+}
 
-  // X_bar of X = s1 W' X_above
-  const auto up = [&](T* X_bar, const T* raw, int64_t columns, T* X_above_bar) {
-    for (int64_t j = 0; s1_bar && j < columns; ++j)
-      add_product(X_bar + j * d * NR, raw + j * d * NR, d, s1_bar);
-    scale_rows(X_bar, columns, d, s1, X_bar);
-    const LayerTerm<T> product{W_above, d, X_bar, d * NR};
-    multiply_panels<T, false>(&product, 1, d, {0, above}, columns, X_above_bar, above * NR, true);
-  };
-  for (int m = l + 2; options_.pairs && m <= L_; ++m) {
-    up(at(flow.U(l, m), d * D_[m]), smooth_ ? at(c.U_raw(l, m), d * D_[m]) : nullptr, D_[m],
-       at(flow.U(l + 1, m), above * D_[m]));
+// From U_lm_bar and M_lm_bar, m >= l + 2, to those of layer l + 1 and to s1_bar.
+template <class T>
+void CpuLinearization<T>::CpuExactPenalty::back_through_blocks(const Cores& c, const CoreFlow& flow,
+                                                               int l, int64_t p) const {
+  const auto at = [&](T* array, int64_t size) { return array ? array + p * size * NR : nullptr; };
+  const int64_t d = D_[l], above = D_[l + 1];
+  for (int m = l + 2; m <= L_; ++m) {
+    push_up(c, flow, l, p, at(flow.U(l, m), d * D_[m]), at(c.U_raw(l, m), d * D_[m]), D_[m],
+            at(flow.U(l + 1, m), above * D_[m]));
     if (!flow.M(l, m)) continue;
     const int64_t columns = D_[m - 1];
-    T* M_bar = at(flow.M(l, m), d * columns);
-    if (m > l + 2) {
-      up(M_bar, smooth_ ? at(c.M_raw(l, m), d * columns) : nullptr, columns,
-         at(flow.M(l + 1, m), above * columns));
-      continue;
+    if (m == l + 2) {
+      back_through_first_mixed_block(c, flow, l, p);
+    } else {
+      push_up(c, flow, l, p, at(flow.M(l, m), d * columns), at(c.M_raw(l, m), d * columns), columns,
+              at(flow.M(l + 1, m), above * columns));
     }
-    const T* s1_above = c.s1(l + 1, p);
-    T* s1_above_bar = smooth_ ? at(flow.s1[l + 1], above) : nullptr;
-    for (int64_t j = 0; j < columns; ++j)
-      for_vectors<T>(1, d, [&](int64_t i, int64_t v) {
-        T* entry = M_bar + j * d * NR + v;
-        const int64_t j_at = j * NR + v % NR;
-        const Vec<T> bar = load(entry), s = load(s1 + v), s_above = load(s1_above + j_at);
-        store(entry, bar * s * s_above);
-        if (!s1_bar) return;
-        const Vec<T> product = bar * W_above[j * d + i];
-        store(s1_bar + v, load(s1_bar + v) + product * s_above);
-        store(s1_above_bar + j_at, load(s1_above_bar + j_at) + product * s);
-      });
   }
+}
+
+// The reverse of X = s1_l raw, raw = W_{l+1}' X_above; X_bar is overwritten with s1_l X_bar.
+template <class T>
+void CpuLinearization<T>::CpuExactPenalty::push_up(const Cores& c, const CoreFlow& flow, int l,
+                                                   int64_t p, T* X_bar, const T* raw,
+                                                   int64_t columns, T* X_above_bar) const {
+  const int64_t d = D_[l], above = D_[l + 1];
+  T* s1_bar = smooth_ ? flow.s1[l] + p * d * NR : nullptr;
+  for (int64_t j = 0; s1_bar && j < columns; ++j)
+    add_product(X_bar + j * d * NR, raw + j * d * NR, d, s1_bar);
+  scale_rows(X_bar, columns, d, c.s1(l, p), X_bar);
+  const LayerTerm<T> product{weight(l + 1), d, X_bar, d * NR};
+  multiply_panels<T, false>(&product, 1, d, {0, above}, columns, X_above_bar, above * NR, true);
+}
+
+// The reverse of M_{l,l+2} = s1_l W_{l+1}' s1_{l+1}; M_bar is overwritten with s1_l M_bar s1_{l+1}.
+template <class T>
+void CpuLinearization<T>::CpuExactPenalty::back_through_first_mixed_block(const Cores& c,
+                                                                          const CoreFlow& flow,
+                                                                          int l, int64_t p) const {
+  const int64_t d = D_[l], above = D_[l + 1];
+  const T *W_above = weight(l + 1), *s1 = c.s1(l, p), *s1_above = c.s1(l + 1, p);
+  T* M_bar = flow.M(l, l + 2) + p * d * above * NR;
+  T* s1_bar = smooth_ ? flow.s1[l] + p * d * NR : nullptr;
+  T* s1_above_bar = smooth_ ? flow.s1[l + 1] + p * above * NR : nullptr;
+  for (int64_t j = 0; j < above; ++j)
+    for_vectors<T>(1, d, [&](int64_t i, int64_t v) {
+      T* entry = M_bar + j * d * NR + v;
+      const int64_t j_at = j * NR + v % NR;
+      const Vec<T> bar = load(entry), s = load(s1 + v), s_above = load(s1_above + j_at);
+      store(entry, bar * s * s_above);
+      if (!s1_bar) return;
+      const Vec<T> product = bar * W_above[j * d + i];
+      store(s1_bar + v, load(s1_bar + v) + product * s_above);
+      store(s1_above_bar + j_at, load(s1_above_bar + j_at) + product * s);
+    });
 }
 
 template <class T>
@@ -290,37 +328,35 @@ void CpuLinearization<T>::CpuExactPenalty::products(Team& team, const Cores& c,
   }
   const auto run = [&](const LayerTable<T>& X, const LayerTable<T>& X_bar, int below) {
     products.clear();
-    for (int l = options_.lowest, m = l + distance; m <= L_; ++l, ++m)
+    for (int l = options_.lowest; l + distance <= L_; ++l) {
+      const int m = l + distance;
+      const Range columns{0, c.panels * D_[m - below]};
       if (X_bar(l, m))
-        products.push_back({l + 1,
-                            1,
-                            out,
-                            {0, c.panels * D_[m - below]},
-                            true,
-                            {{X(l + 1, m), 0, X_bar(l, m), 0}},
-                            false});
+        products.push_back(
+            {l + 1, 1, out, columns, true, {{X(l + 1, m), 0, X_bar(l, m), 0}}, false});
+    }
     if (!products.empty()) lin_.run_products(team, products, scratch);
   };
   run(c.U, flow.U, 0);
   if (distance > 2) run(c.M, flow.M, 1);
-  for (int l = options_.lowest; distance == 2 && l + 2 <= L_; ++l) {  // M_{l+1,l+2} is diagonal
-    if (!flow.M(l, l + 2)) continue;
-    const int64_t d = D_[l], rows = D_[l + 1];
-    team.for_each(rows, [&](int64_t j) {
-      T* row = out + lin_.layout_.weight[l + 1] + j * d;
-      for (int64_t i = 0; i < d; i += W) {
-        const int64_t count = std::min<int64_t>(W, d - i);
-        Vec<T> sums[W] = {};
-        for (int64_t p = 0; p < c.panels; ++p) {
-          const T* M_bar = flow.M(l, l + 2) + ((p * rows + j) * d + i) * NR;
-          for (int64_t n = 0; n < count; ++n)
-            sums[n] += load(M_bar + n * NR) + load(M_bar + n * NR + W);
-        }
-        const Vec<T> total = sums_of_lanes<T>(sums);
-        for (int64_t n = 0; n < count; ++n) row[i + n] += total[n];
-      }
-    });
-  }
+  for (int l = options_.lowest; distance == 2 && l + 2 <= L_; ++l)
+    if (flow.M(l, l + 2)) add_row_sums(team, c, flow, l, out);
+}
+
+// What M_{l,l+2} adds to out_W_{l+1}: M_{l+1,l+2} is diagonal, and the product a sum over samples.
+template <class T>
+void CpuLinearization<T>::CpuExactPenalty::add_row_sums(Team& team, const Cores& c,
+                                                        const CoreFlow& flow, int l, T* out) const {
+  const int64_t d = D_[l], above = D_[l + 1];
+  team.for_each(above, [&](int64_t j) {
+    T* row = out + lin_.layout_.weight[l + 1] + j * d;
+    for (int64_t i = 0; i < d; i += W) {
+      const int64_t count = std::min<int64_t>(W, d - i);
+      const Vec<T> total =
+          sums_over_samples(flow.M(l, l + 2) + (j * d + i) * NR, count, c.panels, above * d * NR);
+      for (int64_t n = 0; n < count; ++n) row[i + n] += total[n];
+    }
+  });
 }
 
 }  // namespace hvpfast::HVPFAST_ISA

@@ -5,11 +5,11 @@
 // with U, M of the layers (l, k); Hessian only: M and C. For k = l + 1 the matrix M is diagonal and
 //   <M_n, M_m> = <s1_l,n, s1_l,m>,    C_nm = <Y_n, Z_m>
 //
-// Every product is between all numbers of two samples, so it is one matrix product: of a panel of
+// Every product is between all numbers of two samples, and so one matrix product: of a panel of
 // samples n side by side (lanes) with the samples m of some panels below each other (rows). A strip
 // (rows, kPanel) holds one number per pair.
 #pragma once
-#include "cores-inl.h"
+#include "core_traces-inl.h"
 
 namespace hvpfast::HVPFAST_ISA {
 
@@ -62,8 +62,10 @@ struct CpuLinearization<T>::CoreStrips {
       if (o.gradient && o.chosen.weight[l]) alpha_bar[l] = strip();
       if (o.gradient && o.has_w(l)) beta_bar[l] = strip();
     }
-    gram = strip(), weight = strip();
-    left = take(size_t(kProductRows * NR * NR)), right = take(size_t(kProductRows * NR * NR));
+    gram = strip();
+    weight = strip();
+    left = take(size_t(kProductRows * NR * NR));
+    right = take(size_t(kProductRows * NR * NR));
   }
 
   void alphas_and_betas(const Cores& lanes, int64_t p, const Cores& rows, Range q) const {
@@ -87,12 +89,8 @@ struct CpuLinearization<T>::CoreStrips {
   // <X_n y_m, Y_m x_n> of samples n in lanes and m in rows, X (d, columns of y) and Y (d, columns
   // of x) by rows: added to `sum`. With a weight g for every pair, the derivatives of sum_nm g <..>
   // with respect to X and x are added to X_bar and x_bar.
-  struct CrossSide {
-    const T *matrix, *vector;  // by rows (d, columns of the other's vector); (size)
-    int64_t size;              // of the vector
-  };
-  void add_cross(int64_t d, const CrossSide& lanes, const CrossSide& rows, int64_t panels, T* sum,
-                 const T* g, T* X_bar, T* x_bar) const {
+  void add_cross(int64_t d, const CrossFactor<T>& lanes, const CrossFactor<T>& rows, int64_t panels,
+                 T* sum, const T* g, T* X_bar, T* x_bar) const {
     const int64_t nx = lanes.size, ny = rows.size;
     const ptrdiff_t stride = NR;
     for (int64_t q = 0; q < panels; ++q) {
@@ -114,7 +112,8 @@ struct CpuLinearization<T>::CoreStrips {
             total += l * r;
             if (!g) continue;
             const Vec<T> weight = load(g + q * NR * NR + v);
-            store(left + at, weight * r), store(right + at, weight * l);
+            store(left + at, weight * r);
+            store(right + at, weight * l);
           }
           store(pairs + v, total);
         }
@@ -130,8 +129,8 @@ struct CpuLinearization<T>::CoreStrips {
   }
 };
 
-// The sum over the pairs of lane panel p with row panels q. symmetric: H = G, and of q and p only
-// the pairs with q <= p come by, which stand for the others too.
+// The sum over the pairs of lane panel p with row panels q. symmetric: H = G, and the pairs with
+// q <= p, the only ones visited, stand for the others too.
 template <class T>
 double CpuLinearization<T>::core_pairs(const Cores& lanes, int64_t p, const Cores& rows, Range q,
                                        bool symmetric, const CoreStrips& s) const {
@@ -168,26 +167,23 @@ double CpuLinearization<T>::core_pairs(const Cores& lanes, int64_t p, const Core
         const int64_t size = D_[l] * D_[k];
         pair_products<T>({{rows.s1(l, q.begin), lanes.s1(l, p), D_[l]}}, panels, s.gram);
         add(s.gram, [&](int64_t v) { return two * load(alpha + v) * load(beta + v); });
-        // among a panel's own pairs, C_mn comes by as C_nm
+        // Among a panel's own pairs, C_mn occurs as C_nm of the mirrored pair.
         const int64_t mirrored = symmetric && q.end > p ? panels - 1 : panels;
         pair_products<T>({term(rows.Y[l], lanes.Z[l], size)}, panels, s.gram);
         pair_products<T>({term(rows.Z[l], lanes.Y[l], size)}, mirrored, s.gram, true);
         for (int64_t v = mirrored * NR * NR; v < panels * NR * NR; v += W)
           store(s.gram + v, two * load(s.gram + v));
       } else {
-        const int64_t below = D_[k - 1], size = D_[l] * below;
+        const int64_t below = D_[k - 1];
+        const int64_t size = D_[l] * below;
         pair_products<T>({term(rows.M(l, k), lanes.M(l, k), size)}, panels, s.gram);
         add(s.gram, [&](int64_t v) { return two * load(alpha + v) * load(beta + v); });
         std::fill(s.gram, s.gram + panels * NR * NR, T(0));
-        const auto side = [&](const Cores& c, bool of_U, int64_t panel) {
-          return typename CoreStrips::CrossSide{of_U ? c.U_rows(l, k) + panel * D_[l] * D_[k] * NR
-                                                     : c.M_rows(l, k) + panel * size * NR,
-                                                of_U ? c.a(k - 1, panel) : c.z_bar(k, panel),
-                                                of_U ? below : D_[k]};
+        const auto add_cross = [&](const CrossFactor<T>& of_lanes, const CrossFactor<T>& of_rows) {
+          s.add_cross(D_[l], of_lanes, of_rows, panels, s.gram, nullptr, nullptr, nullptr);
         };
-        for (bool of_U : {true, false})
-          s.add_cross(D_[l], side(lanes, of_U, p), side(rows, !of_U, q.begin), panels, s.gram,
-                      nullptr, nullptr, nullptr);
+        add_cross(lanes.U_factor(l, k, p), rows.M_factor(l, k, q.begin));
+        add_cross(lanes.M_factor(l, k, p), rows.U_factor(l, k, q.begin));
       }
       add(s.gram, [&](int64_t v) { return two * load(alpha + v); });
     }
@@ -203,35 +199,39 @@ double CpuLinearization<T>::inner_product(const Linearization<T>& other, Curvatu
     throw std::invalid_argument("inner products are between linearizations of one network");
   const bool same = that == this;
   const CoreOptions options = core_options(true, false, curvature, chosen);
-  const int64_t chunk = core_chunk(options), other_chunk = that->core_chunk(options);
+  const int64_t chunk = core_chunk(options);
+  const int64_t other_chunk = that->core_chunk(options);
   const int team_size = threads_for(macs_ * double(panels_ * NR), threads);
   Arena arena;
   Cores lanes = make_cores(arena, options, chunk);
   Cores far = same && panels_ <= chunk ? lanes : that->make_cores(arena, options, other_chunk);
-  std::vector<T*> scratch;
+  const std::vector<T*> scratch = per_thread(arena, team_size, core_scratch<T>(D_, L_));
   std::vector<CoreStrips> strips;
   const auto take = [&](size_t size) { return arena.template take<T>(size); };
-  for (int rank = 0; rank < team_size; ++rank) {
-    scratch.push_back(take(core_scratch<T>(D_, L_)));
+  for (int rank = 0; rank < team_size; ++rank)
     strips.emplace_back(options, L_, std::max(chunk, other_chunk), take);
-  }
   double total = 0;
   std::vector<double> partial;
   for (int64_t first = 0; first < panels_; first += chunk) {
-    lanes.first = first, lanes.panels = std::min(chunk, panels_ - first);
+    lanes.first = first;
+    lanes.panels = std::min(chunk, panels_ - first);
     const int64_t start = same ? first : 0;
     for (int64_t begin = start; begin < that->panels_; begin += other_chunk) {
       const bool diagonal = same && begin == first;  // then the chunks are equal
       Cores& rows = diagonal ? lanes : far;
-      if (!diagonal) rows.first = begin, rows.panels = std::min(other_chunk, that->panels_ - begin);
+      if (!diagonal) {
+        rows.first = begin;
+        rows.panels = std::min(other_chunk, that->panels_ - begin);
+      }
       const int64_t blocks = (rows.panels + kStripPanels - 1) / kStripPanels;
       partial.assign(size_t(lanes.panels * blocks), 0.0);
       parallel(team_size, [&](Team& team) {
         if (begin == start) build_cores(team, lanes, scratch.data());
         if (!diagonal) that->build_cores(team, rows, scratch.data());
         team.for_each(lanes.panels * blocks, [&](int64_t task) {
-          // the panels with the most pairs come first
-          const int64_t p = lanes.panels - 1 - task / blocks, block = task % blocks;
+          // The panels with the most pairs come first.
+          const int64_t p = lanes.panels - 1 - task / blocks;
+          const int64_t block = task % blocks;
           const Range q{block * kStripPanels,
                         std::min(diagonal ? p + 1 : rows.panels, (block + 1) * kStripPanels)};
           if (q.size() > 0)

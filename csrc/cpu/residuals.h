@@ -1,5 +1,5 @@
-// What linearize keeps, in panels (panels, d, kPanel): kPanel samples side by side, N padded with
-// zero-weight samples.
+// The residuals that linearize keeps, in panels (panels, d, kPanel): kPanel samples side by side, N
+// padded with samples of weight zero.
 #pragma once
 #include <vector>
 
