@@ -1,6 +1,6 @@
 // The CUDA engine's Python module: addresses, devices and streams as integers, errors as Python's.
-// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; memory is the
-// caller's.
+// Shapes, dtypes, devices and strides were checked by hvpfast/functional/linearize.py; memory is
+// the caller's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,10 +26,9 @@ using Release = py::call_guard<py::gil_scoped_release>;
 template <class T>
 T* aligned(const char* name, uintptr_t address) {
   if (address % alignof(T) != 0)
-    throw std::invalid_argument(std::string(name) +
-                                " starts at an address that is no multiple of " +
-                                std::to_string(alignof(T)) + " bytes, the size of its numbers; " +
-                                "pass a copy: ." + "clone()");
+    throw std::invalid_argument(
+        std::string(name) + " starts at an address that is no multiple of " +
+        std::to_string(alignof(T)) + " bytes, the size of its numbers; pass a copy: .clone()");
   return pointer<T>(address);
 }
 
@@ -58,15 +57,17 @@ class Point {
         const std::vector<uintptr_t>& params, bool flat, int64_t params_model, uintptr_t x,
         int64_t x_model, uintptr_t y, int64_t y_model, uintptr_t class_weights, bool third_order,
         int device)
-      : device_(device), num_models_(M) {
+      : device_(device) {
     for (uintptr_t address : params) aligned<const T>("params", address);
     Points<T> points;
     points.spec = spec;
-    points.M = M, points.N = N;
+    points.M = M;
+    points.N = N;
     points.params = flat ? LayerPointers<T>(pointer<const T>(params.at(0)), ParameterLayout(*spec))
                          : layer_pointers<T>(*spec, params);
     points.params_model = params_model;
-    points.x = aligned<const T>("x", x), points.x_model = x_model;
+    points.x = aligned<const T>("x", x);
+    points.x_model = x_model;
     points.y = spec->loss == Loss::kMse ? static_cast<const void*>(aligned<const T>("y", y))
                                         : aligned<const int64_t>("y", y);
     points.y_model = y_model;
@@ -146,7 +147,6 @@ class Point {
 
  private:
   int device_;
-  int64_t num_models_;
   std::unique_ptr<cuda::Linearization<T>> lin_;
 };
 
@@ -182,7 +182,8 @@ struct Plan {
 };
 
 #if defined(HVPFAST_EMULATE)
-// From now on call number `index` of the runtime fails; -1: none. Returns the calls since the last.
+// Makes call number `index` of the runtime fail, -1: none. Returns the number of calls since the
+// last fail_call.
 int64_t fail_call(int64_t index, int error) {
   emulation::runtime.failing = index;
   emulation::runtime.error = cudaError_t(error);
@@ -242,7 +243,8 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
     Blas::use(std::move(names), {least_macs, least_side, workspace_bytes});
   });
   m.def("set_machine", [](int driver, int devices, int shared_bytes) {
-    emulation::runtime.driver = driver, emulation::runtime.devices = devices;
+    emulation::runtime.driver = driver;
+    emulation::runtime.devices = devices;
     emulation::runtime.shared_bytes = shared_bytes;
     emulation::runtime.allowed.clear();
     emulation::runtime.knows_streams = driver >= 12080;

@@ -38,7 +38,8 @@ Library load(const std::vector<std::string>& names) {
     for (const std::string& name : names) {
       if (found) break;
       found = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL | flag);
-      library.name = name, library.was_loaded = flag != 0;
+      library.name = name;
+      library.was_loaded = flag != 0;
       if (found || flag != 0) continue;
       if (!library.problem.empty()) library.problem += "; ";
       if (const char* reason = dlerror()) library.problem += reason;
@@ -66,7 +67,7 @@ Library load(const std::vector<std::string>& names) {
 struct State {
   std::mutex mutex;
 #if defined(HVPFAST_EMULATE)
-  std::vector<std::string> names;  // the real one computes on a device
+  std::vector<std::string> names;  // none: the real library computes on a device
 #else
   std::vector<std::string> names{"libcublas.so.13", "libcublas.so.12"};
 #endif
@@ -140,7 +141,8 @@ void Blas::use(std::vector<std::string> names, const BlasRule& rule) {
   const std::lock_guard<std::mutex> lock(s.mutex);
   s.of_device.clear();
   s.library.reset();
-  s.names = std::move(names), s.rule = rule;
+  s.names = std::move(names);
+  s.rule = rule;
 }
 
 std::string Blas::text() {
@@ -179,7 +181,7 @@ void Blas::multiply(cudaStream_t stream, void* workspace, const Gemm<T>& g) {
   make_handle();
   const Library& lib = library();
   check_blas(lib.set_stream(handle_, stream), "cublasSetStream_v2");
-  // Its own would not be kept for the replays of a graph. A new stream takes it away again.
+  // cuBLAS's own workspace would not live as long as a graph; set_stream resets it each time.
   check_blas(lib.set_workspace(handle_, workspace, rule().workspace_bytes),
              "cublasSetWorkspace_v2");
   const T alpha = T(1), beta = g.add ? T(1) : T(0);

@@ -1,5 +1,5 @@
-// cuBLAS, found when the process runs: among the libraries that torch has loaded, else where the
-// system looks. Building needs nothing of it; without it all products are those of tiles.h.
+// cuBLAS, looked up when the process runs: among the libraries that torch has loaded, else on the
+// system's paths. Building needs nothing of it. Without it tiles.h computes all products.
 #pragma once
 #include <mutex>
 #include <string>
@@ -9,11 +9,10 @@
 
 namespace hvpfast::cuda {
 
-// The one rule: which products cuBLAS computes. Where a device is busy it is about twice as fast as
-// tiles.h, but every term is a launch of its own, and the epilogue one more that reads what the
-// product wrote: some 10 us, in which tiles.h has done 2^26 multiply-adds. A side below 32 fills
-// neither's tiles, and then one launch is better. Estimated from the rates of an H100, not
-// measured.
+// Which products cuBLAS computes. On a busy device it is about twice as fast as tiles.h, but every
+// term is a launch of its own, and the epilogue one more, which reads what the product wrote: some
+// 10 us, in which tiles.h does 2^26 multiply-adds. A side below 32 fills the tiles of neither, and
+// one launch is better. These are estimates from the rates of an H100, not measurements.
 struct BlasRule {
   int64_t least_macs = int64_t(1) << 26;  // over all items and terms
   int least_side = 32;
@@ -49,12 +48,12 @@ struct Gemm {
 // cuBLAS on one device, in full precision. Products are queued by one thread at a time.
 class Blas {
  public:
-  // Null without the library. Nothing of it runs before the first product.
+  // Null without the library, of which nothing runs before the first product.
   static Blas* of(int device);
   // Which products go where, and the library's name or why there is none.
   static std::string text();
   static const BlasRule& rule();
-  // For tests: other names of the library and another rule; what was there is dropped.
+  // For tests: replaces the names of the library and the rule, and drops every handle.
   static void use(std::vector<std::string> names, const BlasRule& rule);
 
   // On the current device; workspace of rule().workspace_bytes.

@@ -19,7 +19,8 @@ class Block {
     const int row_parts = (rows + kRows - 1) / kRows, col_parts = (cols + kCols - 1) / kCols;
     for (int part = int(threadIdx.x); part < row_parts * col_parts; part += kThreads) {
       const int i0 = part / col_parts, j0 = part % col_parts;
-      T sum[kRows][kCols] = {}, bias[kRows] = {};
+      T sum[kRows][kCols] = {};
+      T bias[kRows] = {};
       for (int t = 0; t < num_terms; ++t)
         for (int q = 0; q < terms[t].count; ++q) {
           const Stack<T>&A = terms[t].A, &B = terms[t].B;

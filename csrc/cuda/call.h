@@ -26,18 +26,24 @@ class Workspace {
   }
   bool counting() const { return base_ == nullptr; }
   size_t used() const { return used_; }
-  void release(size_t mark) { peak_ = std::max(peak_, used_), used_ = mark; }
+  void release(size_t mark) {
+    peak_ = std::max(peak_, used_);
+    used_ = mark;
+  }
   size_t peak() const { return std::max(peak_, used_); }
 
  private:
   static constexpr uintptr_t kNowhere = 256;  // not null: null means that there is no such array
   char* base_ = nullptr;
-  size_t capacity_ = 0, used_ = 0, peak_ = 0;
+  size_t capacity_ = 0;
+  size_t used_ = 0;
+  size_t peak_ = 0;
 };
 
 // The device as the choice of launches needs it.
 struct Device {
-  int index = 0, multiprocessors = 1;
+  int index = 0;
+  int multiprocessors = 1;
   size_t shared_bytes = 48 << 10;  // most that a block can have
 };
 

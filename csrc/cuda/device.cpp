@@ -73,7 +73,8 @@ void check_stream(cudaStream_t stream, int device) {
     throw std::invalid_argument("the stream belongs to CUDA device " + std::to_string(owner) +
                                 ", the tensors are on device " + std::to_string(device));
 #else
-  static_cast<void>(stream), static_cast<void>(device);
+  static_cast<void>(stream);
+  static_cast<void>(device);
 #endif
 }
 

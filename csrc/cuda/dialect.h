@@ -40,7 +40,7 @@ struct Error : std::runtime_error {
 
 inline void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;
-  cudaGetLastError();  // an error of an argument does not stay for the next, innocent call
+  cudaGetLastError();  // clears it: the next call would report it again
   throw Error(what, code);
 }
 

@@ -1,4 +1,4 @@
-// Probes in bulk, compiled without contraction (probes.h): one counter block per thread.
+// Probes in bulk, compiled without contraction (common/probes.h): one block of counters per thread.
 #include "common/probes.h"
 #include "ops.h"
 
@@ -9,10 +9,13 @@ namespace hvpfast::cuda {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     draw_kernel(bool rademacher, uint64_t seed, uint32_t first, int64_t K, int64_t P, T* out) {
-  const int64_t each = rademacher ? 128 : 4, blocks = (P + each - 1) / each;
+  const int64_t each = rademacher ? 128 : 4;
+  const int64_t blocks = (P + each - 1) / each;
   const int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (task >= K * blocks) return;
-  const int64_t k = task / blocks, block = task % blocks, begin = block * each;
+  const int64_t k = task / blocks;
+  const int64_t block = task % blocks;
+  const int64_t begin = block * each;
   uint32_t word[4][1];
   philox(seed, uint64_t(block), first + uint32_t(k),
          rademacher ? Stream::kRademacher : Stream::kNormal, word);
@@ -31,7 +34,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 void draw_probes(Call& call, const Probes& probes, int64_t K, int64_t P, T* out) {
   const bool rademacher = probes.distribution == Distribution::kRademacher;
-  const int64_t each = rademacher ? 128 : 4, tasks = K * ((P + each - 1) / each);
+  const int64_t each = rademacher ? 128 : 4;
+  const int64_t tasks = K * ((P + each - 1) / each);
   if (tasks > 0)
     launch("a draw", draw_kernel<T>, (tasks + kThreads - 1) / kThreads, kThreads, 0, call.stream,
            rademacher, probes.seed, probes.first, K, P, out);

@@ -1,4 +1,4 @@
-// What is done with each entry (i, j) of a product, for model m and tangent k, before it is stored.
+// Epilogues: what becomes of each entry (i, j) of a product, for model m and tangent k.
 #pragma once
 #include "real.h"
 #include "stack.h"
@@ -93,9 +93,9 @@ struct MixedForward {
   }
 };
 
-// a_bar_uv = value;  z_bar_uv = s1 a_bar_uv + sum_q act'' (a_bar_u z_v + a_bar_v z_u)
-//                               + s2 z_uv + sum_q act''' a_bar z_v z_u        last two: Hessian
-//                               only
+// a_bar_uv = value
+// z_bar_uv = s1 a_bar_uv + sum_q act'' (a_bar_u z_v + a_bar_v z_u)
+//            + s2 z_uv + sum_q act''' a_bar z_v z_u                  this line: Hessian only
 template <class T>
 struct MixedBackward {
   Stack<T> s1, s2, d2, d3, z_v, z_u, a_bar_v, a_bar_u, z, z_bar;  // z: null where z_uv = 0

@@ -26,7 +26,8 @@ template <class Body>
 __global__ void __launch_bounds__(kThreads)
     sum_kernel(int rows, int cols, int K, int parts, int first, int num_slots, double* slots,
                Body body) {
-  const int64_t item = blockIdx.x / parts, size = int64_t(rows) * cols;
+  const int64_t item = blockIdx.x / parts;
+  const int64_t size = int64_t(rows) * cols;
   const int part = int(blockIdx.x % parts);
   double sum = 0;
   for (int64_t entry = int64_t(part) * kThreads + threadIdx.x; entry < size;
@@ -61,7 +62,11 @@ class Grid {
     if (call_.blas && Blas::rule().takes(rows, cols, depth, repeats))
       return multiply_large<form>(call_, terms, num_terms, rows, cols, depth, M_, K, epilogue);
     Products<T> p{};
-    p.num_terms = num_terms, p.rows = rows, p.cols = cols, p.depth = depth, p.K = K;
+    p.num_terms = num_terms;
+    p.rows = rows;
+    p.cols = cols;
+    p.depth = depth;
+    p.K = K;
     p.chunks = (depth + kDepth - 1) / kDepth;
     p.batch = M_ * K;
     p.width = cols;
@@ -106,7 +111,9 @@ class Grid {
 
   // Sums of `num_sums` bodies for each of K tangents, then total(): totals or out (M, K).
   void begin_sums(int num_sums, int K) {
-    num_slots_ = num_sums * kParts, next_slot_ = 0, K_ = K;
+    num_slots_ = num_sums * kParts;
+    next_slot_ = 0;
+    K_ = K;
     slots_ = call_.workspace.template take<double>(M_ * K * num_slots_);
   }
   template <class Body>

@@ -15,12 +15,19 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(T* out, T value, int64_t
   if (i < size) out[i] = value;
 }
 
-// Between the items (m, k) of M models and K tangents, in order; none where that is not one number.
+// The distance between the items (m, k) of M models and K tangents, in order; none where it varies.
 template <class T>
 std::optional<int64_t> distance(const Stack<T>& s, int64_t M, int64_t K) {
   if (M == 1) return s.tangent;
   if (K == 1 || s.model == K * s.tangent) return s.model / K;
   return std::nullopt;
+}
+
+// The matrices from model m and tangent k on.
+template <class T>
+Stack<T> starting_at(Stack<T> s, int64_t m, int64_t k) {
+  s.data = s.matrix(m, k);
+  return s;
 }
 
 // C = the form's product of A and B, or C plus it, for all items.
@@ -32,20 +39,20 @@ void multiply_items(const Call& call, void* space, const Stack<T>& A, const Stac
   if (!a || !b || !c) {  // the items of one model, or of one tangent, are at one distance
     const bool by_model = M < K;
     for (int64_t i = 0; i < (by_model ? M : K); ++i) {
-      const auto part = [&](Stack<T> s) {
-        s.data = by_model ? s.matrix(i, 0) : s.matrix(0, i);
-        return s;
-      };
-      multiply_items<form>(call, space, part(A), part(B), part(C), rows, cols, depth,
-                           by_model ? 1 : M, by_model ? K : 1, add);
+      const int64_t m = by_model ? i : 0, k = by_model ? 0 : i;
+      multiply_items<form>(call, space, starting_at(A, m, k), starting_at(B, m, k),
+                           starting_at(C, m, k), rows, cols, depth, by_model ? 1 : M,
+                           by_model ? K : 1, add);
     }
     return;
   }
   int64_t batch = M * K;
   // Items that share B and follow one another are one taller product.
   if (form != Form::kProduct && *b == 0 && *a == rows * A.ld && *c == rows * C.ld &&
-      rows * batch <= 0x7FFFFFFF)
-    rows *= batch, batch = 1;
+      rows * batch <= 0x7FFFFFFF) {
+    rows *= batch;
+    batch = 1;
+  }
   // Row-major C is column-major C' = op(B)' op(A)'.
   call.blas->multiply(
       call.stream, space,
@@ -68,9 +75,8 @@ void multiply_terms(const Call& call, void* space, const Term<T>* terms, int num
       continue;
     }
     for (int q = 0; q < count; ++q, add = true) {
-      Stack<T> of_a = A, of_b = B;
-      of_a.data += q * A.tangent, of_b.data += q * B.tangent;
-      multiply_items<form>(call, space, of_a, of_b, C, rows, cols, depth, M, K, add);
+      multiply_items<form>(call, space, starting_at(A, 0, q), starting_at(B, 0, q), C, rows, cols,
+                           depth, M, K, add);
     }
   }
 }
@@ -97,7 +103,12 @@ void multiply_large(Call& call, const Term<T>* terms, int num_terms, int rows, i
     }
   } else {
     Products<T> p{};
-    p.rows = rows, p.cols = p.width = cols, p.K = K, p.splits = 1, p.batch = M * K;
+    p.rows = rows;
+    p.cols = cols;
+    p.width = cols;
+    p.K = K;
+    p.splits = 1;
+    p.batch = M * K;
     const int64_t size = int64_t(rows) * cols;
     p.partial = call.workspace.take<T>(p.batch * size);
     if (!call.counting()) {

@@ -144,7 +144,8 @@ struct WeighTargets {
   int N;
   Scalars* scalars;
   __device__ void operator()(int64_t m) const {
-    double counted = 0, first = double(N);
+    double counted = 0;
+    double first = double(N);
     if (targets.loss == Loss::kMse) {
       counted = double(N) * double(targets.classes);
     } else {
@@ -190,6 +191,19 @@ struct SumLosses {
     for (int n = int(threadIdx.x); n < N; n += int(blockDim.x)) sum += losses(m, 0, n, 0);
     sum = block_sum(sum);
     if (threadIdx.x == 0) scalars[m].loss = sum * scalars[m].inverse;
+  }
+};
+
+// Per model, by one block: value (M) = mean_k of totals (M, K).
+struct MeanOverTangents {
+  const double* totals;
+  int K;
+  double* value;
+  __device__ void operator()(int64_t m) const {
+    double sum = 0;
+    for (int k = int(threadIdx.x); k < K; k += int(blockDim.x)) sum += totals[m * K + k];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) value[m] = sum / K;
   }
 };
 

@@ -1,5 +1,5 @@
-// The contract of common/contract.h. Operations of small networks run in one launch (small.h), all
-// others pass by pass over the whole device (grid.h).
+// The contract of common/contract.h on a GPU. Operations of small networks run in one launch
+// (small.h), all others pass by pass over the whole device (grid.h).
 #include "grid.h"
 #include "ops.h"
 
@@ -9,7 +9,9 @@ template <class T>
 Linearization<T>::Linearization(const Points<T>& points)
     : points_(points), layout_(*points.spec), L_(points.spec->L()) {
   const MlpSpec& s = *points.spec;
-  net_.L = L_, net_.N = int(points.N), net_.activation = s.activation;
+  net_.L = L_;
+  net_.N = int(points.N);
+  net_.activation = s.activation;
   net_.D.assign(s.D.begin(), s.D.end());
   const size_t layers = size_t(L_) + 1;
   for (auto* array : {&net_.params.W, &net_.params.b, &net_.a, &net_.s1, &net_.s2, &net_.d2,
@@ -36,7 +38,8 @@ Linearization<T>::Linearization(const Points<T>& points)
 // (N, D[l]) for each model and each of K tangents.
 template <class T>
 Stack<T> Linearization<T>::rows(Workspace& workspace, int64_t K, int l) const {
-  const int64_t D = net_.D[size_t(l)], size = points_.N * D;
+  const int64_t D = net_.D[size_t(l)];
+  const int64_t size = points_.N * D;
   return {workspace.take<T>(points_.M * K * size), D, K * size, K > 1 ? size : 0};
 }
 
@@ -44,7 +47,8 @@ Stack<T> Linearization<T>::rows(Workspace& workspace, int64_t K, int l) const {
 template <class T>
 typename Linearization<T>::HostBlocks Linearization<T>::blocks(const T* flat, int64_t K) const {
   HostBlocks b;
-  b.W.resize(size_t(L_) + 1), b.b.resize(size_t(L_) + 1);
+  b.W.resize(size_t(L_) + 1);
+  b.b.resize(size_t(L_) + 1);
   const int64_t P = layout_.P;
   for (size_t l = 1; l <= size_t(L_); ++l) {
     const auto at = [&](int64_t offset, int64_t ld) {
@@ -76,24 +80,38 @@ typename Linearization<T>::HostStreams Linearization<T>::streams(Workspace& work
 
 template <template <class> class To, template <class> class From, class T>
 void copy_layers(const Blocks<T, From>& from, Blocks<T, To>& to) {
-  for (size_t l = 1; l < from.W.size(); ++l) to.W[int(l)] = from.W[l], to.b[int(l)] = from.b[l];
+  for (size_t l = 1; l < from.W.size(); ++l) {
+    to.W[int(l)] = from.W[l];
+    to.b[int(l)] = from.b[l];
+  }
 }
 
-// What a launch for a small network is told; for L <= kSmallLayers.
+// The task of a small network, L <= kSmallLayers, without its result.
 template <class T>
 SmallTask<T> Linearization<T>::task(const T* tangents, int64_t K, bool hessian) const {
   SmallTask<T> t{};
-  t.net.L = net_.L, t.net.N = net_.N, t.net.activation = net_.activation;
-  t.net.p = net_.p, t.net.weight = net_.weight, t.net.targets = net_.targets;
+  t.net.L = net_.L;
+  t.net.N = net_.N;
+  t.net.activation = net_.activation;
+  t.net.p = net_.p;
+  t.net.weight = net_.weight;
+  t.net.targets = net_.targets;
   for (int l = 0; l <= L_; ++l) {
     const size_t at = size_t(l);
-    t.net.D[l] = net_.D[at], t.net.a[l] = net_.a[at];
-    t.net.s1[l] = net_.s1[at], t.net.s2[l] = net_.s2[at];
-    t.net.d2[l] = net_.d2[at], t.net.d3[l] = net_.d3[at], t.net.z_bar[l] = net_.z_bar[at];
+    t.net.D[l] = net_.D[at];
+    t.net.a[l] = net_.a[at];
+    t.net.s1[l] = net_.s1[at];
+    t.net.s2[l] = net_.s2[at];
+    t.net.d2[l] = net_.d2[at];
+    t.net.d3[l] = net_.d3[at];
+    t.net.z_bar[l] = net_.z_bar[at];
   }
   copy_layers(net_.params, t.net.params);
   copy_layers(blocks(tangents, K), t.tangents);
-  t.K = int(K), t.groups = 1, t.hessian = hessian, t.scale = T(1);
+  t.K = int(K);
+  t.groups = 1;
+  t.hessian = hessian;
+  t.scale = T(1);
   return t;
 }
 
@@ -125,11 +143,14 @@ void Linearization<T>::linearize(Call& call, Workspace& residuals, Scalars* scal
     const size_t at = size_t(l);
     net_.z_bar[at] = rows(residuals, 1, l);
     if (l == L_) break;
-    net_.a[at] = rows(residuals, 1, l), net_.s1[at] = rows(residuals, 1, l);
+    net_.a[at] = rows(residuals, 1, l);
+    net_.s1[at] = rows(residuals, 1, l);
     if (!smooth()) continue;
     net_.s2[at] = rows(residuals, 1, l);
-    if (points_.third_order)
-      net_.d2[at] = rows(residuals, 1, l), net_.d3[at] = rows(residuals, 1, l);
+    if (points_.third_order) {
+      net_.d2[at] = rows(residuals, 1, l);
+      net_.d3[at] = rows(residuals, 1, l);
+    }
   }
   if (points_.spec->loss == Loss::kCrossEntropy) net_.p = rows(residuals, 1, L_);
   const int64_t N = points_.N;
@@ -137,7 +158,8 @@ void Linearization<T>::linearize(Call& call, Workspace& residuals, Scalars* scal
   const Stack<double> losses{call.workspace.take<double>(points_.M * N), 1, N, 0};
   if (small(call, 1, {SmallOp::kHvp})) {
     SmallTask<T> t = task(nullptr, 1, true);
-    t.scalars = scalars, t.losses = losses;
+    t.scalars = scalars;
+    t.losses = losses;
     return run_small(call, SmallOp::kPrimal, t, points_.M);
   }
   Grid<T> run(call, points_.M);
@@ -179,13 +201,13 @@ void Linearization<T>::quadratic(Call& call, const T* tangents, int64_t K, Curva
   const bool hessian = curvature == Curvature::kHessian;
   if (small(call, K, {SmallOp::kQuadratic})) {
     SmallTask<T> t = task(tangents, K, hessian);
-    t.groups = groups(call, K), t.quadratic = out;
+    t.groups = groups(call, K);
+    t.quadratic = out;
     return run_small(call, SmallOp::kQuadratic, t, points_.M);
   }
   HostStreams s;
   s.K = int(K);
-  s.z_dot.resize(size_t(L_) + 1), s.a_dot.resize(size_t(L_) + 1);
-  s.z_bar_dot.resize(size_t(L_) + 1);
+  for (auto* array : {&s.z_dot, &s.a_dot, &s.z_bar_dot}) array->resize(size_t(L_) + 1);
   Layers<Stack<T>> product(size_t(L_) + 1);
   for (int l = 1; l <= L_; ++l) {
     const size_t at = size_t(l);
@@ -255,8 +277,8 @@ void Linearization<T>::hvp_vjp(Call& call, const T* tangents, const T* cotangent
 
 // With few samples the first layer's block of u = H v is never formed (csrc/cpu/penalty-inl.h):
 //   ||u_1||^2 = <G, Gamma G>,   u_1 [x; 1] = Gamma G,   G = z_bar_dot_1, Gamma = X X' + 1 1'
-// Normal probes have all layers all the same: N dependent steps to factor Gamma take longer here
-// than V_1 does.
+// Normal probes are drawn for the first layer too: factoring Gamma takes N dependent steps, which
+// last longer here than the product with V_1.
 template <class T>
 bool Linearization<T>::gram_pays() const {
   return L_ >= 2 && points_.N <= 256 && points_.N < net_.D[0] &&
@@ -278,19 +300,6 @@ typename Linearization<T>::Kept Linearization<T>::kept(Workspace& workspace, int
   return k;
 }
 
-// value (M) = mean_k of totals (M, K)
-struct MeanOverTangents {
-  const double* totals;
-  int K;
-  double* value;
-  __device__ void operator()(int64_t m) const {
-    double sum = 0;
-    for (int k = int(threadIdx.x); k < K; k += int(blockDim.x)) sum += totals[m * K + k];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) value[m] = sum / K;
-  }
-};
-
 // Tangents as rows: those given, or memory that the penalty keeps; `draw` writes the probes there.
 template <class T>
 const T* Linearization<T>::kept_rows(Call& call, const Tangents<T>& tangents, int64_t K,
@@ -301,7 +310,7 @@ const T* Linearization<T>::kept_rows(Call& call, const Tangents<T>& tangents, in
   return rows;
 }
 
-// Of a small network: its blocks draw signs themselves.
+// The task of a small network's penalty; its blocks draw signs themselves.
 template <class T>
 SmallTask<T> Linearization<T>::penalty_task(Call& call, const Tangents<T>& tangents, int64_t K,
                                             bool hessian, bool draw) const {
@@ -315,7 +324,8 @@ SmallTask<T> Linearization<T>::penalty_task(Call& call, const Tangents<T>& tange
 template <class T>
 void Linearization<T>::penalty(Call& call, const Tangents<T>& tangents, int64_t K,
                                Curvature curvature, double* value) const {
-  const bool hessian = curvature == Curvature::kHessian, gram = gram_pays();
+  const bool hessian = curvature == Curvature::kHessian;
+  const bool gram = gram_pays();
   if (small_penalty(call, K)) {  // no product is kept: the gradient repeats them
     SmallTask<T> t = penalty_task(call, tangents, K, hessian, true);
     t.groups = groups(call, K);
@@ -325,7 +335,8 @@ void Linearization<T>::penalty(Call& call, const Tangents<T>& tangents, int64_t 
   }
   const T* v = kept_rows(call, tangents, K, true);
   const Kept k = kept(*call.kept, K);
-  const int64_t N = points_.N, P = layout_.P, first = gram ? layout_.weight[2] : 0;
+  const int64_t N = points_.N, P = layout_.P;
+  const int64_t first = gram ? layout_.weight[2] : 0;
   Grid<T> run(call, points_.M);
   run.begin_sums(gram ? 2 : 1, int(K));
   tangent_passes(run, net_, blocks(v, K), k.v, hessian, Stack<T>{}, T(1));
@@ -351,7 +362,8 @@ void Linearization<T>::penalty(Call& call, const Tangents<T>& tangents, int64_t 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(const T* in, T scale, int64_t rows, int64_t P, int64_t first, T* out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, width = P - first;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t width = P - first;
   if (i >= rows * width) return;
   const int64_t at = i / width * P + first + i % width;
   out[at] = scale * in[at];
@@ -365,12 +377,15 @@ void Linearization<T>::penalty_gradient(Call& call, const Tangents<T>& tangents,
   const T scale = T(2.0 * g_penalty / double(K));
   if (small_penalty(call, K)) {
     SmallTask<T> t = penalty_task(call, tangents, K, curvature == Curvature::kHessian, false);
-    t.g_loss = T(g_loss), t.scale = scale;
+    t.g_loss = T(g_loss);
+    t.scale = scale;
     return small_third_order(call, SmallOp::kPenaltyGradient, t, K, out);
   }
   const T* v = kept_rows(call, tangents, K, false);
   const Kept k = kept(*call.kept, K);
-  const int64_t rows = points_.M * K, P = layout_.P, first = gram_pays() ? layout_.weight[2] : 0;
+  const int64_t rows = points_.M * K;
+  const int64_t P = layout_.P;
+  const int64_t first = gram_pays() ? layout_.weight[2] : 0;
   T* u = call.workspace.take<T>(rows * P);
   if (!call.counting())
     launch("a scaling", scale_kernel<T>, (rows * (P - first) + kThreads - 1) / kThreads, kThreads,

@@ -32,7 +32,8 @@ __host__ __device__ void primal_passes(Run& run, const Net<T, PerLayer>& net, Sc
       run.template multiply<Form::kForward>(&term, 1, N, net.D[l], net.D[l - 1], 1, activate);
     } else {
       TangentForward<T> logits{};
-      logits.b = net.params.b[l], logits.z_dot = net.z_bar[l];
+      logits.b = net.params.b[l];
+      logits.z_dot = net.z_bar[l];
       run.template multiply<Form::kForward>(&term, 1, N, net.D[l], net.D[l - 1], 1, logits);
     }
   }
@@ -111,8 +112,8 @@ __host__ __device__ void gradient_products(Run& run, const Net<T, PerLayer>& net
   }
 }
 
-// (H v_k)_l = z_bar_dot_l' a_{l-1} + z_bar_l' a_dot_{l-1} for l >= first_layer; second term:
-// Hessian only.
+// (H v_k)_l = z_bar_dot_l' a_{l-1} + z_bar_l' a_dot_{l-1} for l >= first_layer
+// The second term belongs to the Hessian only.
 HVPFAST_EITHER_SIDE
 template <class Run, class T, template <class> class PerLayer>
 __host__ __device__ void hvp_products(Run& run, const Net<T, PerLayer>& net,
@@ -190,11 +191,8 @@ __host__ __device__ void mixed_passes(Run& run, const Net<T, PerLayer>& net,
                              {v.z_bar_dot[l], u.a_dot[l - 1], K},
                              {net.z_bar[l], mixed.a[l - 1], 1}};
     const bool with_a = hessian && l > 1 && bool(mixed.a[l - 1]);
-    run.template multiply<Form::kProduct>(terms,
-                                          l == 1   ? 1
-                                          : with_a ? 4
-                                                   : 3,
-                                          net.D[l], net.D[l - 1], N, 1,
+    const int count = l == 1 ? 1 : with_a ? 4 : 3;
+    run.template multiply<Form::kProduct>(terms, count, net.D[l], net.D[l - 1], N, 1,
                                           Store<T>{out.W[l], out.b[l], add});
   }
 }

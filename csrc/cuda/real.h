@@ -10,9 +10,9 @@ namespace hvpfast::cuda {
 
 constexpr int kTeam = 8;  // divides 32: a team lies in one warp
 
-// Which threads of a warp come to an exchange: all that have not ended, or some of its teams. The
-// first has a constant mask, and an exchange is one instruction; with a mask known when it runs,
-// the compiler calls a subroutine for each and keeps what that one overwrites in local memory.
+// Which threads of a warp come to an exchange: all that have not ended, or some of its teams. All
+// have a constant mask, and an exchange is one instruction. With a mask computed at run time the
+// compiler calls a subroutine per exchange and saves what it overwrites in local memory.
 enum class Comers { kWarp, kTeams };
 
 template <class T, Comers comers = Comers::kTeams>

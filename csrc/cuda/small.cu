@@ -61,7 +61,8 @@ __host__ __device__ void place_streams(Shared& shared, const Net<T, SmallLayers>
                                        bool backward, bool third, Streams<T, SmallLayers>& s) {
   s.K = 1;
   for (int l = 1; l <= net.L; ++l) {
-    const int N = net.N, D = net.D[l];
+    const int N = net.N;
+    const int D = net.D[l];
     const bool last = l == net.L;
     s.z_bar_dot[l] = backward || last ? matrix<T>(shared, N, D) : Stack<T>{};
     s.z_dot[l] = smooth || last ? matrix<T>(shared, N, D) : Stack<T>{};
@@ -70,8 +71,8 @@ __host__ __device__ void place_streams(Shared& shared, const Net<T, SmallLayers>
   }
 }
 
-// The arrays of an operation; the same on the host, which counts, and on the device. `task` is only
-// asked which arrays it has.
+// Places the arrays of an operation: the host counts them, the device uses them. Of `task` only
+// matters which arrays it has.
 template <class T>
 __host__ __device__ void place(Shared& shared, SmallOp op, const SmallTask<T>& task,
                                Local<T>& local) {
@@ -170,7 +171,8 @@ __device__ void copy_net(const Net<T, SmallLayers>& to, const Net<T, SmallLayers
                          int64_t m) {
   copy_blocks(from, to.params, from.params, m, 0);
   for (int l = 0; l <= from.L; ++l) {
-    const int N = from.N, D = from.D[l];
+    const int N = from.N;
+    const int D = from.D[l];
     if (l < from.L) copy(to.a[l], from.a[l], m, 0, N, D);
     if (l > 0) copy(to.z_bar[l], from.z_bar[l], m, 0, N, D);
     if (l == 0 || l == from.L) continue;
@@ -183,7 +185,7 @@ __device__ void copy_net(const Net<T, SmallLayers>& to, const Net<T, SmallLayers
   copy(to.weight, from.weight, m, 0, from.N, 1);
 }
 
-// factor b in place, or with `add` the sum of its squares in run.total
+// Multiplies b by `factor` in place or, with `square`, adds the squares of b to run.total.
 template <class T>
 __device__ void scale_or_square(Block<T>& run, const Net<T, SmallLayers>& net,
                                 const Blocks<T, SmallLayers>& b, T factor, bool square) {
@@ -224,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, op>)
   run.m = blockIdx.x / task.groups;
   copy_net(local.net, task.net, run.m);
   for (int k = group; k < task.K; k += task.groups) {
-    run.k = k, run.total = 0;
+    run.k = k;
+    run.total = 0;
     constexpr bool draws = op == SmallOp::kSquares || op == SmallOp::kPenaltyGradient;
     if (draws && task.signs.drawn) {
       const uint32_t number = task.signs.first + uint32_t(run.m * task.K + k);
@@ -289,31 +292,33 @@ size_t small_bytes(SmallOp op, const SmallTask<T>& task) {
   return shared.used;
 }
 
+template <class T, SmallOp op>
+void launch_small(Call& call, const SmallTask<T>& task, int64_t M) {
+  const size_t bytes = small_bytes(op, task);
+  // All threads of a program ask for the same, the most: none takes it from another's launch.
+  if (bytes + kStaticSharedBytes > kDefaultSharedBytes)
+    allow_shared_bytes(small_kernel<T, op>, call.device.shared_bytes - kStaticSharedBytes);
+  launch("an operation of a small network", small_kernel<T, op>, M * task.groups, kThreads, bytes,
+         call.stream, task);
+}
+
 template <class T>
 void run_small(Call& call, SmallOp op, const SmallTask<T>& task, int64_t M) {
   if (call.counting()) return;
-  const auto go = [&](void (*kernel)(SmallTask<T>)) {
-    const size_t bytes = small_bytes(op, task);
-    // All threads of a program ask for the same, the most: none takes it from another's launch.
-    if (bytes + kStaticSharedBytes > kDefaultSharedBytes)
-      allow_shared_bytes(kernel, call.device.shared_bytes - kStaticSharedBytes);
-    launch("an operation of a small network", kernel, M * task.groups, kThreads, bytes, call.stream,
-           task);
-  };
   switch (op) {
     case SmallOp::kPrimal:
     case SmallOp::kGradient:
       return run_small_primal(call, op, task, M);
     case SmallOp::kHvp:
-      return go(small_kernel<T, SmallOp::kHvp>);
+      return launch_small<T, SmallOp::kHvp>(call, task, M);
     case SmallOp::kQuadratic:
-      return go(small_kernel<T, SmallOp::kQuadratic>);
+      return launch_small<T, SmallOp::kQuadratic>(call, task, M);
     case SmallOp::kSquares:
-      return go(small_kernel<T, SmallOp::kSquares>);
+      return launch_small<T, SmallOp::kSquares>(call, task, M);
     case SmallOp::kVjp:
-      return go(small_kernel<T, SmallOp::kVjp>);
+      return launch_small<T, SmallOp::kVjp>(call, task, M);
     case SmallOp::kPenaltyGradient:
-      return go(small_kernel<T, SmallOp::kPenaltyGradient>);
+      return launch_small<T, SmallOp::kPenaltyGradient>(call, task, M);
   }
 }
 

@@ -1,5 +1,5 @@
-// Small networks: a whole operation in one launch. A block of threads has one model and a group of
-// its tangents; weights, residuals and streams lie in its shared memory.
+// Small networks: a whole operation in one launch. A block of threads takes one model and a group
+// of its tangents, and holds weights, residuals and streams in its shared memory.
 #pragma once
 #include "call.h"
 #include "stack.h"
@@ -21,15 +21,15 @@ template <class T>
 struct SmallTask {
   Net<T, SmallLayers> net;
   Blocks<T, SmallLayers> tangents, cotangents;
-  Signs signs;                 // in place of tangents, of kSquares and kPenaltyGradient
+  Signs signs;                 // in place of tangents; kSquares and kPenaltyGradient
   Blocks<T, SmallLayers> out;  // (M, P), (M, K, P), or the groups' parts of a sum (M, groups, P)
   int K, groups;
   bool hessian;
-  T g_loss, scale;   // of kPenaltyGradient: cotangents are scale H v_k
-  double* numbers;   // (M, K) of kSquares: ||H v_k||^2
-  T* quadratic;      // (M, K) of kQuadratic
-  Scalars* scalars;  // of kPrimal, as the next
-  Stack<double> losses;
+  T g_loss, scale;       // kPenaltyGradient: cotangents are scale H v_k
+  double* numbers;       // kSquares: ||H v_k||^2 (M, K)
+  T* quadratic;          // kQuadratic (M, K)
+  Scalars* scalars;      // kPrimal
+  Stack<double> losses;  // kPrimal
 };
 static_assert(sizeof(SmallTask<double>) <= 4000, "the arguments of a kernel have 4 KiB");
 

@@ -48,7 +48,9 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Products<T> p, Epilogue 
   task /= row_tiles;
   const int64_t item = task % p.batch, split = task / p.batch;
   const int64_t m = item / p.K, k = item % p.K;
-  const int thread = int(threadIdx.x), ti = thread / kSide, tj = thread % kSide;
+  const int thread = int(threadIdx.x);
+  const int ti = thread / kSide;
+  const int tj = thread % kSide;
 
   // Steps (term, tangent, chunk of the depth) of all terms in order; this part has [step, end).
   int64_t steps = 0;
@@ -80,7 +82,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Products<T> p, Epilogue 
       const int cb = form == Form::kForward ? entry % kDepth : entry / kTile;
       const bool a_inside = i0 + i < p.rows && c0 + ca < p.depth;
       const bool b_inside = j0 + j < p.cols && c0 + cb < p.depth;
-      a_next[e] = T(0), b_next[e] = T(0);
+      a_next[e] = T(0);
+      b_next[e] = T(0);
       if (a_inside)
         a_next[e] =
             form == Form::kProduct ? A[(c0 + ca) * lda + i0 + i] : A[(i0 + i) * lda + c0 + ca];
@@ -116,8 +119,10 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Products<T> p, Epilogue 
     for (int c = 0; c < kDepth; ++c) {
       T a[kEach], b[kEach];
 #pragma unroll
-      for (int e = 0; e < kEach; ++e)
-        a[e] = a_tile[c][ti + e * kSide], b[e] = b_tile[c][tj + e * kSide];
+      for (int e = 0; e < kEach; ++e) {
+        a[e] = a_tile[c][ti + e * kSide];
+        b[e] = b_tile[c][tj + e * kSide];
+      }
 #pragma unroll
       for (int r = 0; r < kEach; ++r) {
         if (bias_step) bias_run[r] += a[r];
@@ -128,9 +133,13 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(Products<T> p, Epilogue 
     if (in_run % kRunSteps == 0 || step + 1 == end) {
 #pragma unroll
       for (int r = 0; r < kEach; ++r) {
-        bias_total[r] += bias_run[r], bias_run[r] = T(0);
+        bias_total[r] += bias_run[r];
+        bias_run[r] = T(0);
 #pragma unroll
-        for (int s = 0; s < kEach; ++s) total[r][s] += run[r][s], run[r][s] = T(0);
+        for (int s = 0; s < kEach; ++s) {
+          total[r][s] += run[r][s];
+          run[r][s] = T(0);
+        }
       }
     }
   }
