@@ -1,6 +1,6 @@
-// csrc/cpu/arena.cpp for the sanitizers: every array is a heap block of its own and of its exact
-// size, so that a step beyond one is seen, and starts as NaN, so that an element that was read
-// before it was written reaches a result.
+// csrc/cpu/arena.cpp for the sanitizers. Every array is a heap block of its own and of its exact
+// size, so that a step beyond it is found. It starts as NaN, so that an element read before it is
+// written reaches a result.
 #include "cpu/arena.h"
 
 #include <cstdlib>

@@ -8,7 +8,9 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kNotInitialized = 1, kInvalidValue = 7;
+constexpr int kSuccess = 0;
+constexpr int kNotInitialized = 1;
+constexpr int kInvalidValue = 7;
 
 struct Handle {
   int math = -1;
@@ -17,7 +19,9 @@ struct Handle {
   size_t bytes = 0;
 };
 std::set<Handle*> handles;
-long calls = 0, failing = -1, products = 0;
+long calls = 0;
+long failing = -1;
+long products = 0;
 int failure = kSuccess;
 
 int status() { return calls++ == failing ? failure : kSuccess; }
@@ -76,7 +80,8 @@ int cublasSetStream_v2(Handle* handle, void*) {
 }
 int cublasSetWorkspace_v2(Handle* handle, void* workspace, size_t bytes) {
   if (!handles.count(handle)) return kNotInitialized;
-  handle->workspace = workspace, handle->bytes = bytes;
+  handle->workspace = workspace;
+  handle->bytes = bytes;
   return status();
 }
 int cublasSgemmStridedBatched(Handle* handle, int transpose_a, int transpose_b, int m, int n, int k,
@@ -94,9 +99,11 @@ int cublasDgemmStridedBatched(Handle* handle, int transpose_a, int transpose_b, 
                   beta, C, ldc, next_c, batch);
 }
 
-// From now on call `index` returns `status`; -1: none. Returns the calls since the last time.
+// Makes call number `index` return `status`, -1: none. Returns the number of calls since the last
+// stand_in_fail.
 long stand_in_fail(long index, int status) {
-  failing = index, failure = status;
+  failing = index;
+  failure = status;
   const long before = calls;
   calls = 0;
   return before;

@@ -51,7 +51,8 @@ struct Runtime {
   int64_t failing = -1;  // the call that fails
   cudaError_t error = cudaSuccess;
   cudaError_t last = cudaSuccess;
-  int driver = 13000, devices = 1;
+  int driver = 13000;
+  int devices = 1;
   int shared_bytes = 96 << 10;
   std::map<const void*, size_t> allowed;  // dynamic shared memory of kernels that have asked
   bool knows_streams = true;              // the driver tells a stream's device
@@ -74,7 +75,8 @@ class Block {
   }
 
   void run(int threads, const std::function<void()>& body) {
-    body_ = &body, threads_ = live_ = threads;
+    body_ = &body;
+    threads_ = live_ = threads;
     blockDim = {unsigned(threads), 1, 1};
     arrived_.assign(size_t(threads) + 1, 0);
     done_.assign(size_t(threads), false);
@@ -93,7 +95,8 @@ class Block {
   // Until `expected` threads, this one among them, have come to the barrier.
   void wait(int barrier, int expected) {
     const int64_t target = (arrived_[size_t(barrier)] / expected + 1) * expected;
-    ++arrived_[size_t(barrier)], ++progress_;
+    ++arrived_[size_t(barrier)];
+    ++progress_;
     while (arrived_[size_t(barrier)] < target) yield();
   }
   void wait_all() { wait(threads_, threads_); }
@@ -146,7 +149,8 @@ class Block {
     for (;;) {
       (*block.body_)();
       block.done_[size_t(block.current_)] = true;
-      --block.live_, ++block.progress_;
+      --block.live_;
+      ++block.progress_;
       block.yield();
     }
   }

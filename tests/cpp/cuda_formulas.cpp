@@ -1,5 +1,5 @@
-// The formulas that the CPU engine and the kernels share (activations.h, losses.h) with the numbers
-// of the kernels, callable one by one: tests/support/cuda_formulas.py holds them against their definitions.
+// The formulas that both engines share (activations.h, losses.h) with the numbers of the kernels,
+// callable one by one: tests/backends/cuda_formulas.py compares them with their definitions.
 #include "cuda/real.h"
 
 namespace hvpfast::cuda {
@@ -9,8 +9,10 @@ template <class T>
 void jets(int activation, int n, const T* z, T* out) {
   for (int i = 0; i < n; ++i) {
     const Jet<T> jet = jet_of(Activation(activation), z[i]);
-    out[4 * i] = jet.value, out[4 * i + 1] = jet.d1;
-    out[4 * i + 2] = jet.d2, out[4 * i + 3] = jet.d3;
+    out[4 * i] = jet.value;
+    out[4 * i + 1] = jet.d1;
+    out[4 * i + 2] = jet.d2;
+    out[4 * i + 3] = jet.d3;
   }
 }
 

@@ -1,7 +1,7 @@
 // Runs every operation of csrc/common/contract.h over small odd shapes, for the sanitizers to
 // watch: all activations, losses, both precisions, every instruction set of this processor, one to
-// three threads. Arrays have their exact sizes, so a step beyond one is seen. Along the way:
-// results are finite, symmetric (u'Hv = v'Hu), and the same bits for any thread count.
+// three threads. Arrays have their exact sizes, so that a step beyond one is found. Results are
+// also checked to be finite, symmetric (u'Hv = v'Hu) and the same bits for any number of threads.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -93,8 +93,12 @@ void run_exact(const Linearization<T>& lin, const MlpSpec& spec, int64_t N, bool
   std::vector<Chosen> choices = {{all, all}, {none, none}};  // one part by turns
   if (num_cases % 3 == 0) choices[1].weight = all;
   if (num_cases % 3 == 1) choices[1].weight[L] = 1;
-  if (num_cases % 3 == 2) choices[1].weight[1] = 1, choices[1].bias[L] = 1;
-  const double P = double(layout.P), eps = double(std::numeric_limits<T>::epsilon());
+  if (num_cases % 3 == 2) {
+    choices[1].weight[1] = 1;
+    choices[1].bias[L] = 1;
+  }
+  const double P = double(layout.P);
+  const double eps = double(std::numeric_limits<T>::epsilon());
   for (Curvature curvature : {Curvature::kHessian, Curvature::kGgn})
     for (const Chosen& chosen : choices) {
       const bool whole = &chosen == &choices[0];
@@ -251,7 +255,7 @@ int main() {
     context = std::string(isa->name) + ": peak";
     check(isa->fma_peak_float(1e-3) > 0 && isa->fma_peak_double(1e-3) > 0, "a peak is positive");
   }
-  // An input too large to be kept in panels is packed again by every pass: once, on the best
+  // An input too large to be kept in panels, which every pass packs again; only on the best
   // instruction set.
   run_problem<float>(*available_isas().front(), options({70000, 2, 2}, Activation::kTanh, 4), 241,
                      {1});
