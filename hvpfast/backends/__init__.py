@@ -1,13 +1,12 @@
 """The table of backends: what each must provide, which can run here, and the choice among them.
 
-A backend is a module with ``NAME`` and the functions of :class:`Backend`; ``linearize`` returns
-its :class:`State` at one point. Tangents and cotangents are contiguous rows (K, P) of the
-parameters' dtype and device; everything was checked by ``functional.py`` but the values of labels,
-which a backend checks while it reads them (``checks.label_message``).
-
-Many models of one shape at once are a model axis M in front of everything: ``linearize_models``
-returns the :class:`ModelsState` of M points, and model m's results are those of its own
+A backend is a module with the functions of :class:`hvpfast.backends.contract.Backend`. Its
+``linearize`` returns the state of one model at one point; ``linearize_models`` returns that of M
+models of one network, with M in front of every shape, and model m's results are those of its own
 ``linearize``.
+
+Backends take arguments that are checked: by ``mlp/checks.py``, as ``functional/`` calls it. Only
+the values of labels are theirs to check, while they read them (``checks.label_message``).
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from hvpfast.backends.contract import Backend
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.choice import check_choice
 
-# "auto" takes the first that can run and supports the case.
-BACKENDS = {  # in the order of "auto"; each name and its module below this package
+# Each backend's name and its module below this package; "auto" takes the first, in this order, that
+# can run and supports the case.
+BACKENDS = {
     "cpu": "cpu.state",
     "cuda": "cuda.state",
     "triton": "triton.state",
@@ -77,11 +77,6 @@ def choose(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.d
         passed_over.append((candidate, reason or ""))
     reasons = "; ".join(f"{candidate}: {reason}" for candidate, reason in passed_over)
     raise RuntimeError(f"backend {name!r} cannot run: {reasons}")
-
-
-def resolve(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The module of :func:`choose`."""
-    return choose(name, spec, device, dtype).module
 
 
 def _load(name: str) -> Backend | str:

@@ -1,4 +1,10 @@
-"""What every backend provides: its module, its states, its penalties."""
+"""What every backend provides: its module, its states, its penalties.
+
+One model and M models of one network have protocols of their own: M stands in front of every shape.
+Tensors that a method returns are new and hold no autograd history; so are ``loss`` and ``penalty``
+of penalties and ``loss`` of :class:`ModelsState`, each time they are read. Callers change them, and
+autograd attaches history to them, without a copy.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +23,11 @@ class PenaltyState(Protocol):
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
+        """The loss, 0-dim; a new tensor each time."""
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim."""
+        """The penalty, 0-dim; a new tensor each time."""
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
         """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
@@ -30,7 +36,7 @@ class PenaltyState(Protocol):
 class State(Protocol):
     """A linearisation at one point; K tangents are contiguous rows (K, P).
 
-    It may also have ``explain()``: lines on how it runs, for ``Linearization.explain()``.
+    A state may also have ``explain()``: lines on how it runs, for ``Linearization.explain()``.
     """
 
     @property
@@ -64,8 +70,9 @@ class State(Protocol):
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
         """The penalty for probes given as rows (K, P) or as their source, K >= 1."""
 
-    # Exact curvature, of multilayer perceptrons only: NotImplementedError elsewhere. ``chosen``
-    # has one flag per tensor [W1, b1, ...]: H is the block of the tensors with True, one or more.
+    # Exact curvature, without probes: of multilayer perceptrons, and not on every backend; where
+    # there is none these raise NotImplementedError. ``chosen`` has one flag per tensor
+    # [W1, b1, ...]: H is the block of the tensors with True, one or more.
 
     def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
         """The trace of each sample's part of H, (N,)."""
@@ -74,10 +81,10 @@ class State(Protocol):
         """The diagonal of H over all tensors, (P,)."""
 
     def inner_product(self, other: Any, ggn: bool, chosen: Sequence[bool]) -> float:
-        """tr H G of H here and G at another state of the same backend and network."""
+        """tr H G, with H at this state and G at another state of the same backend and network."""
 
     def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> PenaltyState:
-        """tr H (kind "trace") or tr H^2 ("fro2")."""
+        """tr H (kind "trace") or tr H^2 ("fro2") over the chosen tensors."""
 
 
 class ModelsPenalty(Protocol):
@@ -85,11 +92,11 @@ class ModelsPenalty(Protocol):
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,)."""
+        """The losses, (M,); a new tensor each time."""
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties, (M,)."""
+        """The penalties, (M,); a new tensor each time."""
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
         """Gradients d(g_loss * loss_m + g_penalty * penalty_m) / d params_m, (M, P)."""
@@ -98,15 +105,15 @@ class ModelsPenalty(Protocol):
 class ModelsState(Protocol):
     """Linearisations of M models of one network, each at its own parameters; contiguous tensors.
 
-    Labels out of range, and a mean over no targets, are errors like those of one model; where the
-    models have their own targets, y (M, N), the message begins with ``model m:``, m the first such
-    model. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
+    Labels out of range, and a mean over no targets, are errors like those of one model. Where the
+    models have their own targets, y (M, N), the message begins with ``model m:`` for the first such
+    model m. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
     It may also have ``explain()``, as a :class:`State` may.
     """
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,), of the parameters' dtype and device."""
+        """The losses, (M,), of the parameters' dtype and device; a new tensor each time."""
 
     @property
     def normalizers(self) -> Tensor:
@@ -131,22 +138,15 @@ class ModelsState(Protocol):
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ModelsPenalty:
         """(1/K) sum_k ||H_m v_mk||^2 for probes given as rows (M, K, P) or as their source, K >= 1.
 
-        Of a source, model m has the K = num_probes probes from ``first + m K`` on, as in
-        ``source.of_model(m)``; the caller checked that the last index is below 2**32.
+        Model m takes the K = num_probes probes of a source from ``first + m K`` on, which are
+        ``source.of_model(m)``; the caller has checked that the last index is below 2**32.
         """
-
-
-def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
-    """What an exact value is called in messages."""
-    of = "tr H" if kind == "trace" else "tr H^2"
-    network = "-".join(str(d) for d in spec.sizes)
-    return f"the {'gradient of the ' if gradient else ''}exact {of} of a {network} perceptron"
 
 
 class Backend(Protocol):
     """What the module of a backend provides.
 
-    It may also have ``NAMED_ONLY``: why "auto" passes it over though it can run, or None.
+    It may also have ``NAMED_ONLY``: why "auto" passes over it though it can run, or None.
     """
 
     NAME: str
@@ -170,6 +170,6 @@ class Backend(Protocol):
         """The states of M models at ``params`` (M, P), M >= 1.
 
         x is (M, N, D[0]), or (N, D[0]) for samples that all models share; y is (M, N) or (N,) for
-        cross_entropy, (M, N, D[L]) or (N, D[L]) for mse, shared or not whatever x is. All are
-        contiguous.
+        cross_entropy, (M, N, D[L]) or (N, D[L]) for mse. x and y are shared independently of each
+        other; all tensors are contiguous.
         """

@@ -1,4 +1,4 @@
-"""One model as M = 1 of many, for backends whose engine has the models in front of everything."""
+"""One model as M = 1 of many, for backends whose engine runs M models at once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class OneModel(Generic[Models]):
         raise self._no_exact(kind)
 
     def _no_exact(self, kind: str) -> NotImplementedError:
-        """What is said of exact curvature of a kind: a backend words it."""
+        """The error for an exact value of a kind, in the backend's words."""
         raise NotImplementedError
 
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, get_num_threads
 
-from hvpfast.backends.contract import State, exact_text
+from hvpfast.backends.contract import State
 from hvpfast.backends.cpu.many import CpuModels
-from hvpfast.backends.probes.source import ProbeSource
+from hvpfast.backends.cpu.operations import CpuOperations, CpuPenaltyOperations
+from hvpfast.backends.messages import PERCEPTRONS_ONLY, dtype_reason, exact_text
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.memory import LARGE_BYTES, check_scratch
 
@@ -37,12 +38,10 @@ def unavailable() -> str | None:
 def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the engine cannot take this case."""
     if spec is None:
-        return "it runs multilayer perceptrons only"
+        return PERCEPTRONS_ONLY
     if device.type != "cpu":
         return f"it runs on CPU tensors; these are on {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64; these are {dtype}"
-    return None
+    return dtype_reason(dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -85,7 +84,7 @@ def linearize(
             engine_of.linearize_layers_float64 if double else engine_of.linearize_layers_float32
         )
         engine = layers([p.data_ptr() for p in params], *rest)
-    return CpuState(engine, spec, x.dtype, (params, x, y))
+    return CpuState(engine, spec, params, x, y)
 
 
 def linearize_models(spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int) -> CpuModels:
@@ -104,7 +103,7 @@ def linearize_models(spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order:
         order == 3,
         get_num_threads(),
     )
-    return CpuModels(engine, params, (params, x, y))
+    return CpuModels(engine, params, x, y)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,90 +113,54 @@ def _small(spec: MLPSpec) -> bool:
     return 6 * 128 * sum(spec.sizes[1:]) ** 2 < LARGE_BYTES // 16
 
 
-class CpuState:
+class CpuPenalty(CpuPenaltyOperations):
+    """The C++ penalty of one state, for its gradient."""
+
+    __slots__ = ()
+
+    _engine: _cpu.Penalty
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim; a new tensor each time."""
+        return torch.scalar_tensor(self._engine.value, dtype=self._state.like.dtype)
+
+
+class CpuState(CpuOperations):
     """A C++ linearization and the tensors it reads."""
 
-    __slots__ = ("_dtype", "_engine", "_inputs", "_num_params", "_spec", "loss_value")
+    __slots__ = ("_spec", "loss_value")
+
+    penalty_type = CpuPenalty
+
+    _engine: _cpu.Linearization
 
     def __init__(
         self,
         engine: _cpu.Linearization,
         spec: MLPSpec,
-        dtype: torch.dtype,
-        inputs: tuple[Tensor | Sequence[Tensor], Tensor, Tensor],
+        params: Tensor | Sequence[Tensor],
+        x: Tensor,
+        y: Tensor,
     ) -> None:
-        self._engine, self._spec, self._dtype = engine, spec, dtype
-        self._num_params = spec.num_params
-        self._inputs = inputs  # keeps the memory alive
+        self._engine, self._spec, self._inputs = engine, spec, (params, x, y)
+        self._shape, self.like = (spec.num_params,), x
         self.loss_value: float = engine.loss
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return torch.scalar_tensor(self.loss_value, dtype=self._dtype)
+        """The loss, 0-dim; a new tensor each time."""
+        return torch.scalar_tensor(self.loss_value, dtype=self.like.dtype)
 
     @property
     def normalizer(self) -> float:
         """What the sum of losses was divided by."""
         return self._engine.normalizer
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of residuals."""
-        return self._engine.num_bytes
-
-    def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
-        out = torch.empty(self._num_params, dtype=self._dtype)
-        self._engine.gradient(out.data_ptr(), get_num_threads())
-        return out
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
-        out = torch.empty_like(tangents)
-        K = 1 if tangents.dim() == 1 else len(tangents)
-        self._engine.hvp(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
-        return out
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
-        K = len(tangents)
-        out = torch.empty(K, dtype=self._dtype)
-        self._engine.quadratic(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
-        return out
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (P,)."""
-        out = torch.empty(self._num_params, dtype=self._dtype)
-        self._engine.hvp_vjp(
-            tangents.data_ptr(),
-            cotangents.data_ptr(),
-            tangents.size(0),
-            ggn,
-            out.data_ptr(),
-            get_num_threads(),
-        )
-        return out
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
-        if isinstance(probes, ProbeSource):
-            engine = self._engine.penalty_of_probes(
-                probes.distribution,
-                probes.seed,
-                probes.first,
-                probes.num_probes,
-                ggn,
-                get_num_threads(),
-            )
-            return CpuPenalty(self, engine, None)
-        engine = self._engine.penalty(probes.data_ptr(), probes.size(0), ggn, get_num_threads())
-        return CpuPenalty(self, engine, probes)
-
     def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
         """tr H_n of each sample over the chosen tensors, (N,)."""
         self._check_scratch("trace", ggn, chosen, False)
-        out = torch.empty(len(self._inputs[1]), dtype=self._dtype)
+        out = self.like.new_empty(len(self.like))
         flags = self._flags(chosen)
         self._engine.sample_traces(ggn, *flags, out.data_ptr(), get_num_threads())
         return out
@@ -205,7 +168,7 @@ class CpuState:
     def diagonal(self, ggn: bool) -> Tensor:
         """The diagonal of H, (P,)."""
         self._check_scratch("trace", ggn, [True] * len(self._spec.shapes), False)
-        out = torch.empty(self._num_params, dtype=self._dtype)
+        out = self.empty_gradient()
         self._engine.diagonal(ggn, out.data_ptr(), get_num_threads())
         return out
 
@@ -238,31 +201,4 @@ class CpuState:
         size = self._engine.exact_bytes(
             kind, ggn, *self._flags(chosen), gradient, get_num_threads()
         )
-        check_scratch(size, exact_text(self._spec, kind, gradient), self._inputs[1].device)
-
-
-class CpuPenalty:
-    """The C++ penalty of one state, for its gradient."""
-
-    __slots__ = ("_engine", "_probes", "_state", "value")
-
-    def __init__(self, state: CpuState, engine: _cpu.Penalty, probes: Tensor | None) -> None:
-        self._state, self._engine = state, engine
-        self._probes = probes  # keeps the memory alive
-        self.value: float = engine.value
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss, 0-dim."""
-        return self._state.loss
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalty, 0-dim."""
-        return torch.scalar_tensor(self.value, dtype=self._state._dtype)
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
-        out = torch.empty(self._state._num_params, dtype=self._state._dtype)
-        self._engine.gradient(g_loss, g_penalty, out.data_ptr(), get_num_threads())
-        return out
+        check_scratch(size, exact_text(self._spec, kind, gradient), self.like.device)

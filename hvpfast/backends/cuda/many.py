@@ -91,7 +91,7 @@ class CudaModelsState:
         order: int,
         M: int,
     ) -> None:
-        self._spec, self._M = spec, M
+        self.spec, self._M = spec, M
         self._weights = _class_weights(spec.class_weights, x.device)
         self._inputs = (params, x, y)  # keeps the memory alive
         self._dtype, self._device = x.dtype, x.device
@@ -125,8 +125,8 @@ class CudaModelsState:
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,)."""
-        return self.scalars[:, 0].to(self._dtype)
+        """The losses, (M,); a new tensor each time."""
+        return self.scalars[:, 0].to(self._dtype, copy=True)
 
     @property
     def normalizers(self) -> Tensor:
@@ -145,7 +145,7 @@ class CudaModelsState:
         Raises:
             ValueError: a label is out of range.
         """
-        spec, y = self._spec, self._inputs[2]
+        spec, y = self.spec, self._inputs[2]
         rows = self.scalars.tolist()
         for m, (_, _, wrong, _) in enumerate(rows):
             if wrong >= 0:
@@ -163,7 +163,7 @@ class CudaModelsState:
 
     def gradient(self) -> Tensor:
         """Gradients d loss / d params, (M, P)."""
-        out = self._empty(self._spec.num_params)
+        out = self._empty(self.spec.num_params)
         where, _workspace, _ = self._memory("gradient")
         self._point.gradient(out.data_ptr(), where)
         return out
@@ -187,7 +187,7 @@ class CudaModelsState:
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         """d sum_k <u_k, H v_k> / d params, (M, P)."""
         K = tangents.shape[1]
-        out = self._empty(self._spec.num_params)
+        out = self._empty(self.spec.num_params)
         if K == 0:
             return out.zero_()
         where, _workspace, _ = self._memory("hvp_vjp", K, ggn)
@@ -313,12 +313,12 @@ class CudaModelsPenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,)."""
+        """The losses, (M,); a new tensor each time."""
         return self._state.loss
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties, (M,)."""
+        """The penalties, (M,); a new tensor each time."""
         self._hidden.used()
         return self.values.to(self._state._dtype, copy=True)
 
@@ -326,7 +326,7 @@ class CudaModelsPenalty:
         """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
         state, K = self._state, self._K
         self._hidden.used()
-        out = state._empty(state._spec.num_params)
+        out = state._empty(state.spec.num_params)
         where, _workspace, _ = state._memory(
             "penalty_gradient", K, self._ggn, self._source, keep=False
         )

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvpfast.backends.contract import exact_text
 from hvpfast.backends.cuda import many as cuda_models
 from hvpfast.backends.cuda.many import CudaModelsState
+from hvpfast.backends.messages import PERCEPTRONS_ONLY, dtype_reason, exact_text
 from hvpfast.backends.one_of_many import OneModel
 from hvpfast.mlp.spec import MLPSpec
 
 NAME = "cuda"
-EXACT_BACKENDS = "cpu and reference"
 
 
 @functools.cache
@@ -43,15 +42,15 @@ def unavailable() -> str | None:
 def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the engine cannot take this case."""
     if spec is None:
-        return "it runs multilayer perceptrons only"
+        return PERCEPTRONS_ONLY
     module = cuda_models.engine()
     wanted = "cpu" if not isinstance(module, str) and module.emulated else "cuda"
     if device.type != wanted:
         return f"it runs on {wanted} tensors; these are on {device}"
     if wanted == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"its kernels are compiled for compute capability 8.0 and newer; {device} is older"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64; these are {dtype}"
+    if (reason := dtype_reason(dtype)) is not None:
+        return reason
     if spec.num_params >= 2**31:
         return f"it takes fewer than 2**31 parameters; these are {spec.num_params}"
     return None
@@ -100,6 +99,6 @@ class CudaState(OneModel[CudaModelsState]):
 
     def _no_exact(self, kind: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{exact_text(self._models._spec, kind)} is not computed by backend 'cuda'; the "
-            f"backends {EXACT_BACKENDS} compute it, and estimator='hutchinson' estimates it here"
+            f"{exact_text(self._models.spec, kind)} is not computed by backend 'cuda'; the "
+            "backends cpu and reference compute it, and estimator='hutchinson' estimates it here"
         )

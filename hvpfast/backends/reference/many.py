@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ class ReferenceModels:
 
     def __init__(self, states: Sequence[State]) -> None:
         self._states = states
-        self.loss = torch.stack([state.loss for state in states])  # (M,)
+
+    @property
+    def loss(self) -> Tensor:
+        """The losses, (M,); a new tensor each time."""
+        return torch.stack([state.loss for state in self._states])
 
     @property
     def normalizers(self) -> Tensor:
         """What each model's sum of losses was divided by, (M,) float64."""
         values = [state.normalizer for state in self._states]
-        return torch.tensor(values, dtype=torch.float64, device=self.loss.device)
+        return torch.tensor(values, dtype=torch.float64, device=self._states[0].loss.device)
 
     @property
     def nbytes(self) -> int:
@@ -50,13 +54,13 @@ class ReferenceModels:
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ReferenceModelsPenalty:
         """(1/K) sum_k ||H_m v_mk||^2 for probes given as rows (M, K, P) or as their source."""
+        each: Iterable[Tensor | ProbeSource]
         if isinstance(probes, ProbeSource):
-            sources = [probes.of_model(m) for m in range(len(self._states))]
-            pairs = zip(self._states, sources, strict=True)
-            return ReferenceModelsPenalty([s.penalty(source, ggn) for s, source in pairs])
-        return ReferenceModelsPenalty(
-            [s.penalty(rows, ggn) for s, rows in zip(self._states, probes, strict=True)]
-        )
+            each = [probes.of_model(m) for m in range(len(self._states))]
+        else:
+            each = probes
+        pairs = zip(self._states, each, strict=True)
+        return ReferenceModelsPenalty([state.penalty(own, ggn) for state, own in pairs])
 
     def _each(self, operation: Callable[[State, Tensor], Tensor], tangents: Tensor) -> Tensor:
         pairs = zip(self._states, tangents, strict=True)
@@ -71,12 +75,12 @@ class ReferenceModelsPenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,)."""
+        """The losses, (M,); a new tensor each time."""
         return torch.stack([penalty.loss for penalty in self._penalties])
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties, (M,)."""
+        """The penalties, (M,); a new tensor each time."""
         return torch.stack([penalty.penalty for penalty in self._penalties])
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:

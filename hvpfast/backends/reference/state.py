@@ -296,13 +296,13 @@ class ReferencePenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim, a new tensor each time: autograd attaches history to it."""
-        return self._values[0].detach()
+        """The loss, 0-dim; a new tensor each time."""
+        return self._values[0].detach().clone()
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim, a new tensor each time."""
-        return self._values[1].detach()
+        """The penalty, 0-dim; a new tensor each time."""
+        return self._values[1].detach().clone()
 
     @torch.no_grad()
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:

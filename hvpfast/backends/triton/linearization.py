@@ -131,8 +131,8 @@ class Linearization:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,)."""
-        return self.summary[:, 0].to(self.like.dtype)
+        """The losses (M,); a new tensor each time."""
+        return self.summary[:, 0].to(self.like.dtype, copy=True)
 
     @property
     def normalizers(self) -> Tensor:

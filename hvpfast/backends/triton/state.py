@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvpfast.backends.messages import PERCEPTRONS_ONLY, dtype_reason
 from hvpfast.backends.one_of_many import OneModel
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.streams import HiddenMemory
@@ -40,12 +41,12 @@ MOST_CLASSES = {torch.float32: 8192, torch.float64: 4096}
 def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the kernels cannot take this case."""
     if spec is None:
-        return "it runs multilayer perceptrons only"
+        return PERCEPTRONS_ONLY
     if device.type != ("cpu" if triton_launch.INTERPRETED else "cuda"):
         where = "CPU tensors (TRITON_INTERPRET=1)" if triton_launch.INTERPRETED else "CUDA tensors"
         return f"it runs on {where}; these are on {device}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64; these are {dtype}"
+    if (reason := dtype_reason(dtype)) is not None:
+        return reason
     if spec.sizes[-1] > (most := MOST_CLASSES[dtype]):
         return f"it takes at most {most} outputs in {dtype}; these are {spec.sizes[-1]}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -82,7 +83,7 @@ class TritonModelsState:
     Where memory runs out every operation raises MemoryError, which says what fits.
     """
 
-    __slots__ = ("_hidden", "_lin", "_read", "_y")
+    __slots__ = ("_hidden", "_labels_checked", "_lin", "_y")
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class TritonModelsState:
         inputs = [params] if isinstance(params, Tensor) else list(params)
         self._hidden = HiddenMemory([*self._lin.kept, *inputs, x, y])
         self._y = y
-        self._read = False  # whether the losses were, and labels out of range told
+        self._labels_checked = False
 
     def _running(self, operation: str, K: int) -> AbstractContextManager[None]:
         self._hidden.used()
@@ -109,13 +110,15 @@ class TritonModelsState:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,). Read first, it waits for the device, unless a graph is captured.
+        """The losses (M,), a new tensor each time.
+
+        The first read waits for the device and checks the labels, unless a graph is recorded.
 
         Raises:
             ValueError: a label is out of range.
         """
-        if not self._read and not cuda_graph.recording(self._y):
-            self._read = bool(self.loss_values)
+        if not self._labels_checked and not cuda_graph.recording(self._y):
+            self._labels_checked = bool(self.loss_values)
         return self._lin.loss
 
     @property
@@ -188,14 +191,14 @@ class TritonModelsPenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,)."""
+        """The losses (M,); a new tensor each time."""
         return self._state._lin.loss
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties (M,)."""
+        """The penalties (M,); a new tensor each time."""
         self._hidden.used()
-        return self._penalty.value.to(self._state._lin.like.dtype)
+        return self._penalty.value.to(self._state._lin.like.dtype, copy=True)
 
     def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
         """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""

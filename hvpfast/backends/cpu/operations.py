@@ -1,0 +1,133 @@
+"""What one model and M models share on the CPU engine: each operation is one call of a C++ object.
+
+The bindings of both (``_cpu.Linearization``, ``_cpu.Models``) take the same arguments. They read
+and write tensors by address; the tangents of M models are theirs one model after the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, get_num_threads
+
+from hvpfast.backends.probes.source import ProbeSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hvpfast.backends import _cpu
+
+
+class CpuOperations:
+    """Operations on K tangents: rows (K, P) of one model, (M, K, P) of M models.
+
+    Attributes:
+        like: a tensor of the dtype of all, on the CPU.
+        penalty_type: the class of the penalties.
+    """
+
+    __slots__ = ("_engine", "_inputs", "_shape", "like")
+
+    _engine: _cpu.Linearization | _cpu.Models
+    _inputs: tuple[Tensor | Sequence[Tensor], Tensor, Tensor]  # kept alive: the engine reads them
+    _shape: tuple[int, ...]  # of gradients: (P,) or (M, P)
+    like: Tensor
+    penalty_type: ClassVar[type[CpuPenaltyOperations]]
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim, or the losses (M,); a new tensor each time."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of residuals."""
+        return self._engine.num_bytes
+
+    def empty_gradient(self) -> Tensor:
+        """A new tensor (P,) or (M, P) for a gradient."""
+        return self.like.new_empty(self._shape)
+
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,) or (M, P)."""
+        out = self.empty_gradient()
+        self._engine.gradient(out.data_ptr(), get_num_threads())
+        return out
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v, or with ``ggn`` G v, for rows (K, P), one (P,), or (M, K, P), shaped as they are."""
+        out = torch.empty_like(tangents)
+        K = 1 if tangents.dim() == 1 else tangents.size(-2)
+        self._engine.hvp(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
+        return out
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v' H v, (K,) or (M, K)."""
+        out = tangents.new_empty(tangents.shape[:-1])
+        self._engine.quadratic(
+            tangents.data_ptr(), tangents.size(-2), ggn, out.data_ptr(), get_num_threads()
+        )
+        return out
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """d sum_k <u_k, H v_k> / d params, (P,) or (M, P)."""
+        out = self.empty_gradient()
+        self._engine.hvp_vjp(
+            tangents.data_ptr(),
+            cotangents.data_ptr(),
+            tangents.size(-2),
+            ggn,
+            out.data_ptr(),
+            get_num_threads(),
+        )
+        return out
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenaltyOperations:
+        """(1/K) sum_k ||H v_k||^2 for probes given as rows or as their source."""
+        if isinstance(probes, ProbeSource):
+            engine = self._engine.penalty_of_probes(
+                probes.distribution,
+                probes.seed,
+                probes.first,
+                probes.num_probes,
+                ggn,
+                get_num_threads(),
+            )
+            return self.penalty_type(self, engine, None)
+        K = probes.size(-2)
+        engine = self._engine.penalty(probes.data_ptr(), K, ggn, get_num_threads())
+        return self.penalty_type(self, engine, probes)
+
+
+class CpuPenaltyOperations:
+    """The C++ penalty of one model or of M models, for its gradient."""
+
+    __slots__ = ("_engine", "_probes", "_state")
+
+    _engine: _cpu.Penalty | _cpu.ModelsPenalty
+
+    def __init__(
+        self,
+        state: CpuOperations,
+        engine: _cpu.Penalty | _cpu.ModelsPenalty,
+        probes: Tensor | None,
+    ) -> None:
+        self._state, self._engine = state, engine
+        self._probes = probes  # kept alive: the engine reads them
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim, or the losses (M,); a new tensor each time."""
+        return self._state.loss
+
+    @property
+    def penalty(self) -> Tensor:
+        """The penalty, 0-dim, or the penalties (M,); a new tensor each time."""
+        raise NotImplementedError
+
+    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,) or (M, P)."""
+        out = self._state.empty_gradient()
+        self._engine.gradient(g_loss, g_penalty, out.data_ptr(), get_num_threads())
+        return out
