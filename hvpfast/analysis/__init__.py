@@ -1,1 +1,1 @@
-"""What one asks of an operator: estimates, eigenpairs, densities, landscapes, logs."""
+"""Analyses of curvature: estimates, eigenpairs, spectral densities, loss landscapes, logs."""

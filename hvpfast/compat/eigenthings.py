@@ -74,7 +74,7 @@ class supervised_loss_of_output:
 
 
 def match_names(*patterns: str) -> ParamFilter:
-    """A ``param_filter`` that takes parameters whose names match a glob pattern."""
+    """A ``param_filter`` for parameters whose names match a glob pattern."""
     return lambda name, _: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -90,7 +90,7 @@ class _Applied(nn.Module):
 
 
 class _Named(hessian.CurvatureOperator):
-    """``size`` and ``matvec`` as there."""
+    """hessian-eigenthings' ``size`` and ``matvec``."""
 
     @property
     def size(self) -> int:
@@ -109,8 +109,8 @@ class HessianOperator(_Named, hessian.HessianOperator):
         model: any module.
         dataloader: an iterable of batches.
         loss_fn: called as ``loss_fn(model, batch)``, the mean loss of the batch.
-        param_filter: called as ``param_filter(name, parameter)``: whether to take it. None takes
-            all that require gradients.
+        param_filter: called as ``param_filter(name, parameter)``; whether to include it. None
+            includes all that require gradients.
         num_batches: how many batches to read; None for all. They are held in memory, and so are
             all batches of a loss not made by :func:`supervised_loss`.
         **options: keyword arguments of :class:`hvpfast.HessianOperator`.

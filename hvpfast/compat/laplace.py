@@ -32,7 +32,7 @@ class _Backend:
     """``full`` and ``diag`` of one batch; the operator comes from ``_operator``."""
 
     _kind: type[CurvatureOperator]
-    # given by laplace's interfaces
+    # set by laplace's interfaces
     model: Any
     lossfunc: Any
     factor: float

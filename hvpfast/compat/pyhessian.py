@@ -1,8 +1,8 @@
 """PyHessian's class: ``hessian(model, criterion, data=..., dataloader=...)`` and its return forms.
 
-What differs: eigenpairs come from block Lanczos, and what does not converge is said in a warning;
-the trace does not stop where two running means agree, but where its confidence interval is narrow;
-means over batches are weighted exactly; the model stays in its mode, and no ``.grad`` is written.
+What differs: eigenpairs come from block Lanczos, and a warning says if some do not converge; the
+trace stops where its confidence interval is narrow, not where two running means agree; means over
+batches are weighted exactly; the model's mode does not change, and no ``.grad`` is written.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from hvpfast.operators.hessian import HessianOperator
 
 __all__ = ["hessian"]
 
-_FIRST_LOOK = 16  # samples before a tolerance is looked at
+_FIRST_CHECK = 16  # samples before a tolerance is checked
 
 
 class hessian:
     """Eigenvalues, trace and spectral density of the Hessian of ``criterion(model(x), y)``.
 
-    A model in train mode is copied and the copy put into eval mode, in which PyHessian evaluates.
+    A model in train mode is copied, and the copy put into eval mode, as PyHessian evaluates.
 
     Args:
         model: any module.
         criterion: the loss, called as ``criterion(outputs, targets)``.
-        data: one batch (inputs, targets), or
-        dataloader: an iterable of batches; exactly one of the two.
-        cuda: where the model has to be; None takes it from wherever it is. Data are moved to it.
+        data: one batch (inputs, targets).
+        dataloader: an iterable of batches; give exactly one of ``data`` and ``dataloader``.
+        cuda: whether the model must be on a GPU; None allows both. Data are moved to the model.
         seed: of all random vectors; None takes fresh entropy for each call.
         **options: keyword arguments of :class:`hvpfast.HessianOperator`.
 
@@ -108,9 +108,9 @@ class hessian:
             tol: half-width of the 95 % confidence interval, relative to the estimate, at which
                 sampling stops, after 16 samples at the earliest; 0 takes ``maxIter`` samples.
         """
-        if tol > 0 and maxIter > _FIRST_LOOK:
+        if tol > 0 and maxIter > _FIRST_CHECK:
             result = trace(
-                self.operator, _FIRST_LOOK, rtol=tol, max_matvecs=maxIter, seed=self._seed
+                self.operator, _FIRST_CHECK, rtol=tol, max_matvecs=maxIter, seed=self._seed
             )
         else:
             result = trace(self.operator, maxIter, seed=self._seed)

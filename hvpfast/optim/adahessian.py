@@ -94,11 +94,11 @@ class AdaHessian(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means, and where the stream of probes is."""
+        """The running means, and the position in the stream of probes."""
         return {**super().state_dict(), "probes": (self.seed, self.num_steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a ``state_dict``."""
+        """Restore a ``state_dict``."""
         super().load_state_dict(state_dict)
         self.seed, self.num_steps = state_dict["probes"]
 

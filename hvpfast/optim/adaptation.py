@@ -37,12 +37,12 @@ class HessianLRAdaptation(Optimizer):
 
     It is an optimizer itself: learning-rate schedulers, closures, parameter groups, hooks and
     ``state_dict`` (the base optimizer's is inside) work as usual. ``param_groups`` are the base
-    optimizer's own. The base optimizer sees scaled gradients; ``.grad`` is left as it was. What the
-    base adds to gradients by itself, such as Adam's ``weight_decay``, is not scaled.
+    optimizer's own. The base optimizer sees scaled gradients; ``.grad`` is restored. What the base
+    adds to gradients by itself, such as Adam's ``weight_decay``, is not scaled.
 
-    Steps that have no curvature yet (the first, for "difference" and "secant") pass the gradient
-    on as it is. Where the average vanishes the quotient is bounded only by ``|g| / eps``: so where
-    gradients stop changing, "difference" takes steps that grow without need.
+    A step without curvature (the first, for "difference" and "secant") does not scale the gradient.
+    Where the average vanishes, only ``|g| / eps`` bounds the quotient: "difference" takes ever
+    larger steps where gradients stop changing.
 
     Args:
         base: any optimizer that evaluates no closure of its own (not LBFGS).
@@ -163,7 +163,7 @@ class HessianLRAdaptation(Optimizer):
         return p.grad if rms is None else p.grad / rms.add_(self.eps)
 
     def _average(self, params: list[Tensor], before: dict[Tensor, Tensor], operator: Any) -> None:
-        """Take c_t into the running means of the parameters."""
+        """Add c_t to the running means of the parameters."""
         for p, c in self._signals(params, before, operator):
             state = self.state[p]
             if "s" not in state:
@@ -232,7 +232,7 @@ class HessianLRAdaptation(Optimizer):
         """Add a group to the base optimizer, whose groups these are."""
         if "base" in self.__dict__:
             self.base.add_param_group(param_group)
-        else:  # while Optimizer.__init__ takes the base's groups over
+        else:  # called by Optimizer.__init__ for the base's groups
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class HessianLRAdaptation(Optimizer):
         return {**super().state_dict(), "adaptation": settings, "base": self.base.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a ``state_dict``: running means, settings and the base optimizer's state.
+        """Restore a ``state_dict``: running means, settings and the base optimizer's state.
 
         Raises:
             ValueError: it is another optimizer's, or one of another curvature.

@@ -1,4 +1,4 @@
-"""Diagonals of a Hessian as optimizers want them: from an operator, cut to their parameters.
+"""Diagonals of a Hessian for optimizers: from an operator, split into their parameters.
 
 The operator is a :class:`hvpfast.Linearization`, or anything with ``.shape`` and ``@`` whose flat
 vector (P,) is the optimizer's parameters one after the other, in the order of its groups.
@@ -21,7 +21,7 @@ from hvpfast.operators.parameters import owners_of
 
 
 def check_operator(operator: Any, params: Sequence[Tensor], caller: str) -> None:
-    """Raise where the operator is missing or is not one of these parameters.
+    """Raise if the operator is missing or has other parameters.
 
     Raises:
         TypeError: there is no operator.

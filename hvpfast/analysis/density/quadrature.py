@@ -5,8 +5,8 @@
     A Q = Q T + beta_m q_{m+1} e_m',  T = U diag(theta) U'      w_j = U_{1j}^2, sum_j w_j = 1
     mu  ~  (1/K) sum_k sum_j w_kj delta(theta_kj)               over K random probes v_k
 
-A quadrature is exact for polynomials of degree below 2 m; probes with E[vv'] = I make its mean over
-probes right for all of the spectrum.
+A quadrature is exact for polynomials of degree below 2 m; with probes such that E[vv'] = I its mean
+over probes is unbiased for all of the spectrum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 
 __all__ = ["SpectralDensity", "spectral_density", "wasserstein"]
 
-_EXHAUSTED = 16  # residuals below this many roundings of the operator's norm are rounding
+_EXHAUSTED = 16  # residuals below this many eps times the operator's norm are rounding
 
 
 def spectral_density(
@@ -42,14 +42,14 @@ def spectral_density(
     """The density of the eigenvalues of a symmetric A (P, P), from products alone.
 
     The probes advance together, one batched product per step, each with a basis of its own that
-    is orthogonalised in full, twice. Nodes and weights stay apart per probe, so every number that
-    is read from them has a standard error over probes. That error is the randomness of the probes
+    is orthogonalised in full, twice. Nodes and weights are kept per probe, so every number computed
+    from them has a standard error over probes. That error measures the randomness of the probes
     only; what the steps do not resolve is a bias, which falls with ``num_steps``.
 
     Args:
         A: an operator of this library, or anything with ``.shape`` and ``@`` on columns.
-        num_steps: Lanczos steps m >= 1, at most P of which are taken. Fewer are where a probe's
-            Krylov space is exhausted, and its quadrature is exact then.
+        num_steps: Lanczos steps m >= 1, at most P of which are taken. A probe whose Krylov space is
+            exhausted takes fewer, and its quadrature is then exact.
         num_probes: probes K >= 1; an error band needs two.
         distribution: ``"rademacher"`` or ``"normal"``.
         seed: of the probes, in [0, 2**64); None takes fresh entropy.
@@ -72,7 +72,7 @@ def spectral_density(
             raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     products = Products(A)
     seed = products.agreed(fresh_seed() if seed is None else seed)
-    ProbeSource(num_probes, distribution, seed)  # says what is wrong before any product
+    ProbeSource(num_probes, distribution, seed)  # raises for bad arguments before any product
     products.check_symmetric()
     steps = min(num_steps, products.size)
     group = min(num_probes, _probes_at_once(products, steps))
@@ -89,7 +89,7 @@ def spectral_density(
                 own = k - first
                 theta, weight = _quadrature(diagonal[own, :count], beside[own, : count - 1])
                 nodes[k, :count], weights[k, :count], num_nodes[k] = theta, weight, count
-                nodes[k, count:] = theta[0]  # weight 0: in the range of any f that takes the others
+                nodes[k, count:] = theta[0]  # of weight 0, and where f is defined
     return SpectralDensity(
         ritz_values=nodes,
         weights=weights,
@@ -120,7 +120,7 @@ def _tridiagonalise(
         diagonal[where, j] = torch.linalg.vecdot(basis[active, j], rows).double().cpu()
         for k, row in zip(active.tolist(), rows, strict=True):
             own = basis[k, : j + 1]
-            for _ in range(2):  # once leaves what cancellation left of the basis in the row
+            for _ in range(2):  # after one pass rounding leaves components along the basis
                 row -= (own @ row) @ own
         norms = torch.linalg.vector_norm(rows, dim=1)
         beside[where, j] = norms.double().cpu()
@@ -143,10 +143,10 @@ def _quadrature(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _probes_at_once(products: Products, steps: int) -> int:
-    """Probes whose bases fit into the share of memory that work may take."""
+    """Number of probes whose bases fit into the share of memory for work."""
     row = products.size * at_least_single(products.dtype).itemsize
     free = products.agreed(available_bytes(products.device))
-    need = (steps + 4) * row  # the basis, the row, its product and what orthogonalising takes
+    need = (steps + 4) * row  # the basis, the row, its product, and orthogonalisation
     if need > free:
         fits = max(0, free // row - 4)
         raise MemoryError(

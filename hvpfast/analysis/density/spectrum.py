@@ -1,4 +1,4 @@
-"""A spectral density as point sets per probe: moments, smooth curves, distances, a plot."""
+"""A spectral density as weighted points per probe: moments, smooth curves, distances, a figure."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DensityCurve", "SpectralDensity", "wasserstein"]
 
 SCALES = ("linear", "log")
+_DECADES = 7  # of density that a logarithmic axis shows below the highest point
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +85,9 @@ class SpectralDensity:
         """Tr f(A) = sum_i f(lambda_i), with the standard error over probes.
 
         Args:
-            function: f, applied to a tensor of eigenvalues entry by entry; None for f(t) = t.
-                Polynomials of degree below 2 m have no error but that of the probes; for others
-                more steps show whether the steps are enough.
+            function: f, applied to a tensor of eigenvalues entry by entry; None for f(t) = t. For
+                polynomials of degree below 2 m the only error is that of the probes; for others
+                compare with the result of more steps.
 
         Returns:
             An estimate with one sample per probe.
@@ -128,7 +129,7 @@ class SpectralDensity:
         """The density on a grid: the points smoothed by a Gaussian kernel.
 
         On a ``"log"`` axis the kernel acts on u = asinh(t / threshold), which is t / threshold
-        near 0 and the logarithm of |t| far from it, so that bulk and outliers are both seen.
+        near 0 and the logarithm of |t| far from it, so that bulk and outliers are both visible.
 
         Args:
             axis: ``"linear"`` or ``"log"``.
@@ -249,14 +250,11 @@ def wasserstein(
 
 
 def _stderr(samples: Tensor) -> Tensor:
-    """Standard error of the mean over the first dimension; inf, not known, for one sample."""
+    """Standard error of the mean over the first dimension; inf (unknown) for one sample."""
     count = samples.shape[0]
     if count < 2:
         return torch.full_like(samples[0], math.inf)
     return samples.std(0) / math.sqrt(count)
-
-
-_DECADES = 7  # of density that a logarithmic axis shows below the highest point
 
 
 def draw_density(
@@ -268,7 +266,7 @@ def draw_density(
     title: str,
     ax: Axes | None,
 ) -> Figure:
-    """See :meth:`SpectralDensity.plot`."""
+    """The figure of :meth:`SpectralDensity.plot`."""
     curve = spectrum.curve(axis=axis, kernel_width=kernel_width)
     if ax is None:
         ax = plotting.new_figure(6.4, 4.2).add_subplot()

@@ -4,14 +4,14 @@ A block W (b, P) is orthogonalised by block Gram-Schmidt, twice or more, in two 
 
     C = W Q',   W <- W - C Q,   W W' = L L',   W <- L^-1 W          W_given = C_total Q + R W_final
 
-The first time takes only the rows ``near`` the end of Q that W has large components along; where A
-is symmetric, a product with the newest rows has them along the two newest blocks alone. Then all of
-Q is taken, again and again until what is removed is small, which the first time shows as a rule.
+The first pass removes components along the last rows of Q only, from ``near`` on: where A is
+symmetric, a product with the newest rows has large components along the two newest blocks alone.
+Later passes take all of Q, until what they remove is small; usually the first of them finds it so.
 
-Rows are held in the dtype of the products, and C_total, R are summed in float64. Nothing is lost by
-that: the rows as stored are the vectors that are multiplied, so their rounding is no error of the
-recurrence, and the last pass leaves inner products between rows at the size of the rounding of one
-inner product, far below the noise of the products themselves.
+Rows are held in the dtype of the products; C_total and R are summed in float64. This loses nothing:
+the rows as stored are the vectors that are multiplied, so their rounding is no error of the
+recurrence, and after the last pass the inner products between rows are as small as the rounding of
+one inner product, far below the noise of the products themselves.
 
 References:
     Giraud, Langou, Rozloznik, van den Eshof (2005), doi:10.1007/s00211-005-0615-4.
@@ -33,8 +33,8 @@ __all__ = ["Basis"]
 Array = NDArray[np.float64]
 
 NOISE = 0.25  # a direction of length 1 that a later pass makes shorter than this was rounding
-SMALL = 1e-3  # components of rows of length 1 whose removal needs no other pass
-MOST = 4
+SMALL = 1e-3  # components of rows of length 1 after whose removal no further pass is needed
+MOST = 4  # passes
 _TILE = 2**16  # columns that are rotated at once
 
 
@@ -44,7 +44,7 @@ class Basis:
     Args:
         size: P.
         dtype, device: of the rows.
-        capacity: rows to make room for at first.
+        capacity: rows to allocate initially.
         limit: rows at most.
     """
 
@@ -117,7 +117,7 @@ class Basis:
 
 
 def _factor(block: Tensor, negligible: float) -> tuple[Array, Array]:
-    """L (b, r) and a left inverse (r, b) with W = L V, V V' = I, but for negligible directions."""
+    """L (b, r) and a left inverse (r, b): W = L V, V V' = I, up to negligible directions."""
     if block.shape[0] == 1:
         norm = float(torch.linalg.vector_norm(block, dtype=torch.float64))
         kept = int(norm > negligible)

@@ -13,7 +13,7 @@ from hvpfast.operators.tangents import given_rows
 
 __all__ = ["CGResult", "cg_solve"]
 
-DELAYS = 3  # times that a true residual may lie above the tolerance that the recurrence has met
+DELAYS = 3  # times that a true residual may exceed the tolerance that the recurrence has met
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,16 +22,16 @@ class CGResult:
 
     Attributes:
         solution: x, shaped as b, in the dtype of A.
-        residual_norms: ``||b - A x||`` of this x, computed with a product of its own; 0-dim or (K,)
-            float64 on the CPU, as the next.
+        residual_norms: ``||b - A x||`` of this x, computed with a separate product; 0-dim or (K,)
+            float64 on the CPU, like relative_residuals.
         relative_residuals: residual_norms / ||b|| (zero for b = 0).
         converged: whether relative_residuals <= tol, 0-dim or (K,) bool.
-        history: relative residuals (T + 1,) or (T + 1, K) of the recurrence, from the start on.
+        history: relative residuals (T + 1,) or (T + 1, K) of the recurrence, from the start.
         num_iterations: T.
-        num_matvecs: products with one vector that were made, those for true residuals included.
+        num_matvecs: products with one vector, including those for true residuals.
         stop_reason: "converged"; "max_matvecs", the budget ended; "indefinite", a direction p with
             p'A p <= 0 was met; "precision", rounding keeps the true residual above the tolerance.
-        message: the same for people, with numbers.
+        message: the reason as a sentence, with numbers.
     """
 
     solution: Tensor
@@ -56,7 +56,7 @@ def cg_solve(
     """Solve ``A x = b`` for a symmetric positive definite operator by conjugate gradients.
 
     For curvature use a damping: ``cg_solve(H.shift(damping), gradient)``. K right-hand sides are K
-    runs whose products are made together.
+    separate runs whose products are computed together.
 
     Args:
         A: anything with ``.shape`` (P, P) and ``@`` on columns; symmetric, positive definite.
@@ -64,11 +64,11 @@ def cg_solve(
         x0: first guess, shaped as b; zero if None.
         tol: relative residual ``||b - A x|| <= tol ||b||`` that ends a run.
         max_matvecs: budget of products with one vector; None is ``max(100, 10 sqrt(P)) (K + 1)``
-            rounded down. What is there when it ends is returned.
+            rounded down. When it ends, the solutions so far are returned.
 
     Returns:
-        The solution with its true residual and the history. That a run did not converge is no
-        error: ``.stop_reason`` and ``.message`` say why. An indefinite A is detected when a
+        The solution with its true residual and the history. A run that does not converge raises
+        no error: ``.stop_reason`` and ``.message`` say why. An indefinite A is detected when a
         direction of curvature <= 0 is met, and the solution before that direction is returned.
 
     Raises:
@@ -116,8 +116,8 @@ class _Run:
 
         a = r'r / p'A p,   x <- x + a p,   r <- r - a A p,   p <- r + (r'r / old r'r) p
 
-    When the recurrence meets the tolerance, r is computed anew as b - A x; where that is too long
-    the run starts again from it, as long as this helps.
+    When the recurrence meets the tolerance, r is recomputed as b - A x. If that is too long, the
+    run restarts from it, as long as this helps.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class _Run:
         return self._x
 
     def solve(self) -> str:
-        """Run to the end; the reason why it ended."""
+        """Run to the end; returns the reason why it ended."""
         count = len(self._b)
         r = self._b - self._products.rows(self._x) if self._guessed else self._b.clone()
         squares = _squares(r)
@@ -146,7 +146,7 @@ class _Run:
         best, delays, p = self.true_norms.clone(), 0, r.clone()
         while True:
             active = (squares.sqrt() > self._tol * self.lengths).nonzero().flatten()
-            # one more product per system is kept for the true residuals
+            # one more product per system is reserved for the true residuals
             spent = self._products.num_matvecs + len(active) + count > self._budget
             reason = "max_matvecs" if spent else ""
             if len(active) and not spent:
@@ -167,7 +167,7 @@ class _Run:
                 return "max_matvecs"
 
     def _advance(self, r: Tensor, p: Tensor, squares: Tensor, active: Tensor) -> str:
-        """One step of the active systems, in place; "indefinite" where it cannot be made."""
+        """One step of the active systems, in place; returns "indefinite" if it is impossible."""
         whole = len(active) == len(r)
         direction = p if whole else p[active]
         product = self._products.rows(direction)

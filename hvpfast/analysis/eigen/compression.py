@@ -1,13 +1,14 @@
 """Row-space compression: the same eigenpairs from a perceptron with a narrower first layer.
 
-The first layer sees inputs only, so with X = L Q, Q (r, D[0]) orthonormal rows, r the rank of X,
+The first layer acts on the inputs X (N, D[0]). With X = L Q, where Q (r, D[0]) has orthonormal rows
+and r is the rank of X,
 
     z_1 = X W_1' + b_1 = L (W_1 Q')' + b_1
 
-and the Hessian is that of the perceptron with inputs L (N, r) and first weights W_1 Q' (D[1], r) on
-the directions V_1 = V Q, and zero on the directions whose rows are orthogonal to those of Q. All
-other parameters, biases too, stay as they are. It holds for the generalised Gauss-Newton matrix,
-and for any number of batches, X being all their inputs.
+On the directions V_1 = V Q the Hessian is that of the perceptron with inputs L (N, r) and first
+weights W_1 Q' (D[1], r); it is zero on the directions whose rows are orthogonal to those of Q. All
+other parameters, including biases, are the same. The same holds for the generalised Gauss-Newton
+matrix, and for several batches, with X all their inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["CompressedOperator", "NotCompressibleError", "compress"]
 
 Array = NDArray[np.float64]
 
-ROUNDING = 8.0  # times eps, relative to the longest input: what of an input may be left out
+ROUNDING = 8.0  # times eps, relative to the longest input: the part of an input to leave out
 
 
 class NotCompressibleError(ValueError):
@@ -44,7 +45,8 @@ class CompressedOperator:
 
     Attributes:
         operator: the smaller operator (p, p).
-        num_null: dimensions in which the given operator is zero and the smaller one has none.
+        num_null: P - p, dimensions in which the given operator is zero.
+        text: the sentence that says how the operator was made smaller.
     """
 
     def __init__(self, operator: LinearOperator, Q: Tensor, width: int, size: int) -> None:
@@ -58,7 +60,7 @@ class CompressedOperator:
         )
 
     def lift(self, rows: Tensor) -> Tensor:
-        """Rows (K, P) of rows (K, p): the same vectors."""
+        """The vectors (K, P) of rows (K, p)."""
         r, d0 = self._Q.shape
         out = rows.new_empty(rows.shape[0], self._width * d0 + self._rest)
         first = rows[:, : self._split].reshape(-1, r) @ self._Q.to(rows)
@@ -67,14 +69,14 @@ class CompressedOperator:
         return out
 
     def project(self, rows: Tensor) -> Tensor:
-        """Rows (K, p) of rows (K, P), without their parts in the null space."""
+        """Rows (K, p) of vectors (K, P), without their parts in the null space."""
         d0 = self._Q.shape[1]
         first = rows[:, : self._width * d0].reshape(-1, d0) @ self._Q.to(rows).T
         rest = rows[:, self._width * d0 :]
         return torch.cat([first.view(rows.shape[0], -1), rest], dim=1)
 
     def null_rows(self, count: int, like: Tensor) -> Tensor:
-        """Orthonormal rows (count, P) of the null space, count <= num_null: e_i w', w orth. Q."""
+        """Orthonormal rows (count, P) of the null space, count <= num_null: e_i w', Q w = 0."""
         (r, d0), width = self._Q.shape, self._width
         Q = self._Q.double().cpu()
         given = probe_rows(ProbeSource(-(-count // width), "normal", 0), d0, torch.float64)
@@ -91,8 +93,8 @@ def compress(operator: Any) -> CompressedOperator:
     """The operator in the row space of its inputs.
 
     Raises:
-        NotCompressibleError: it is not the curvature of a whole perceptron, or its inputs span (or
-            may span) all their columns.
+        NotCompressibleError: it is not the curvature of a whole perceptron, or its inputs have, or
+            may have, full column rank.
     """
     linearized = operator.linearized if isinstance(operator, CurvatureOperator) else None
     if linearized is None or not isinstance(linearized.objective, MLPObjective):
@@ -117,12 +119,12 @@ def _row_space(X: Tensor) -> Array:
     N, d0 = X.shape
     if d0 > N:
         return np.ascontiguousarray(np.linalg.qr(X.double().cpu().numpy().T)[0].T)
-    # more samples than columns: half as many rows as columns tell whether the rank may be low
+    # more samples than columns: half as many rows as columns show whether the rank may be low
     half = d0 // 2
     chosen = torch.linspace(0, N - 1, half).long().to(X.device)
     sample = X[chosen].double().cpu().numpy()
     allowed = ROUNDING * torch.finfo(X.dtype).eps * float(torch.linalg.vector_norm(X, dim=1).max())
-    R = np.linalg.qr(sample.T, mode="r")  # |R_ii|: what row i has outside of the rows before it
+    R = np.linalg.qr(sample.T, mode="r")  # |R_ii|: distance of row i from the span of those before
     if (np.abs(np.diag(R)) > allowed).sum() < 0.9 * half:
         rows = X.double().cpu().numpy()
         for _ in range(3):
@@ -143,7 +145,7 @@ def _narrowed(
 ) -> LinearOperator:
     """The operator of the perceptron with inputs X Q' and first weights W_1 Q'."""
     dtype, device = operator.dtype, operator.device
-    generator = torch.Generator(device)  # its numbers are overwritten, the caller's stay
+    generator = torch.Generator(device)  # keeps the global one unchanged; values are overwritten
     sizes = (len(Q), *spec.sizes[1:])
     model = MLP(sizes, spec.activation, spec.bias, dtype=dtype, device=device, generator=generator)
     flat = torch.cat([t.detach().to(torch.float64).reshape(-1) for t in objective.tensors])

@@ -1,10 +1,10 @@
-"""How many vectors to multiply at once: the cheapest block size, by counts of operations.
+"""The block size of Lanczos that takes the fewest operations, by counts.
 
     n(b) (product + basis + call / b)        n(b) = n(1) (1 + GROWTH (b - 1)) products
 
 product: operations of one product with one vector. basis: those of a pass over a basis of 2 k rows
-on average; a block saves none of them. call: operations that the machine could do while one
-step of calls is made, whatever they compute. Counts, not clocks: the same choice in every run.
+on average, which a block does not save. call: operations that the machine could do during the fixed
+time of the calls of one step. Counts, unlike clocks, make the same choice in every run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def auto_block_size(products: Products, k: int) -> int:
 
 
 def product_operations(operator: Any) -> float | None:
-    """Floating-point operations of one product, where they are known."""
+    """Floating-point operations of one product; None where they are not known."""
     if isinstance(operator, Affine):
         return product_operations(operator.operand)
     if isinstance(operator, (Tensor, np.ndarray)):

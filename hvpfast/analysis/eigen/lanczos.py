@@ -2,9 +2,9 @@
 
     A Q' = Q' H + N' B          Q (m, P) the basis, N (r, P) the next block, both orthonormal rows
 
-H = Q A Q' (m, m) is computed in full, not assumed tridiagonal: where A is symmetric the rest is
-rounding, and where it is not, H tells. Ritz pairs H s = theta s give y = Q' s with the residual
-A y - theta y = N' B s, whose norm is that of B s.
+H = Q A Q' (m, m) is computed in full, not assumed tridiagonal: if A is symmetric the other entries
+are rounding, and if it is not, H shows that. Ritz pairs H s = theta s give y = Q' s with the
+residual A y - theta y = N' B s, whose norm is that of B s.
 
 Thick restart keeps the leading Ritz vectors S (m, p): Q <- S' Q, H <- diag(theta), B <- B S.
 
@@ -31,7 +31,7 @@ __all__ = ["Lanczos"]
 
 Array = NDArray[np.float64]
 
-NEGLIGIBLE = 4.0  # times eps ||A||: what is left of a product that short is rounding
+NEGLIGIBLE = 4.0  # times eps ||A||: a shorter remainder of a product is rounding
 
 
 class Lanczos:
@@ -40,9 +40,9 @@ class Lanczos:
     Args:
         products: with A.
         start: the first block (b, P), any rows that are not all zero; overwritten.
-        seed: of the random rows that replace a start block without rank, and continue where an
-            invariant subspace is complete.
-        capacity: rows of the basis to make room for at first.
+        seed: of the random rows that replace a start block without rank, and that continue after
+            an invariant subspace is complete.
+        capacity: rows of the basis to allocate initially.
         limit: rows of the basis at most.
 
     Attributes:
@@ -62,7 +62,7 @@ class Lanczos:
         self.basis = Basis(products.size, dtype, products.device, capacity, self._limit)
         self._room = np.zeros((2 * capacity, 2 * capacity))
         self.scale, self.num_restarts = 0.0, 0
-        self._near = 0  # first row of the newest block but one; all rows after a restart
+        self._near = 0  # first row of the last block but one; 0, all rows, after a restart
         lengths = torch.linalg.vector_norm(start, dim=1, keepdim=True)
         tiny = torch.finfo(dtype).tiny
         _, _, self._next = self.basis.orthonormalize(start / lengths.clamp(min=tiny), 1e-3)
@@ -71,7 +71,7 @@ class Lanczos:
 
     @property
     def floor(self) -> float:
-        """eps ||A||: residuals below are rounding."""
+        """eps ||A||: smaller residuals are rounding."""
         return self.eps * self.scale
 
     @property
@@ -81,7 +81,7 @@ class Lanczos:
 
     @property
     def next_size(self) -> int:
-        """Products that the next step makes."""
+        """Number of products of the next step."""
         return self._next.shape[0]
 
     @property
@@ -95,7 +95,7 @@ class Lanczos:
         return self._room[:count, :count]
 
     def _fill(self) -> None:
-        """Random directions for a next block that is empty, where the space has more of them."""
+        """Fill an empty next block with random directions, unless the basis is complete."""
         while self._next.shape[0] == 0 and not self.complete:
             count = min(self.block_size, self._products.size - self.basis.count)
             source = ProbeSource(count, "normal", self._seed, 2**31 + self._drawn)
@@ -117,7 +117,7 @@ class Lanczos:
         block = self.basis.rows[old:]
         W = self._products.rows(block).to(block.dtype).contiguous()
         if W.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
-            W = W.clone()  # an operator that returns what it was given
+            W = W.clone()  # an operator that returns its argument
         self.scale = max(self.scale, float(torch.linalg.vector_norm(W, dim=1).max()))
         C, R, self._next = self.basis.orthonormalize(W, NEGLIGIBLE * self.floor, self._near)
         self._near = old
@@ -147,7 +147,7 @@ class Lanczos:
     def ritz(self) -> tuple[Array, Array, Array]:
         """theta (m,) increasing, S (m, m) with columns s, and the residual norms ||B s|| (m,)."""
         H, B = self._H, self._B
-        if self.block_size == 1 and self.num_restarts == 0:  # tridiagonal but for rounding
+        if self.block_size == 1 and self.num_restarts == 0:  # tridiagonal up to rounding
             beside = (H.diagonal(1) + H.diagonal(-1)) / 2
             theta, S = scipy.linalg.eigh_tridiagonal(H.diagonal(), beside)
             return theta, S, np.abs(B[:, -1:]).sum() * np.abs(S[-1])
@@ -161,7 +161,7 @@ class Lanczos:
         return factor @ self._next
 
     def restart(self, theta: Array, S: Array, k: int, which: str) -> None:
-        """Cut the basis back to k wanted Ritz vectors, and others next to them."""
+        """Cut the basis back to the k wanted Ritz vectors and the next ones in that order."""
         kept = min(k + (self._limit - k) // 2, self._limit - 2 * self.block_size)
         chosen = order_of(theta, which)[:kept]
         self.basis.rotate(S[:, chosen].T)

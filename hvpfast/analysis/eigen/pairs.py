@@ -1,14 +1,14 @@
-"""Wanted eigenpairs by Lanczos: when to look, when to stop, and what the residuals really are.
+"""Wanted eigenpairs by Lanczos: when to check, when to stop, and what the true residuals are.
 
-The recurrence gives the residual norm ||B s_i|| of every Ritz pair for the products as they were
-computed. What their rounding adds is measured at the end, with one more product:
+The recurrence gives the residual norm ||B s_i|| of every Ritz pair for the products as computed.
+What their rounding adds is measured at the end, with one more product:
 
     x = sum_i g_i y_i,  g_i = +-1 / |theta_i|        e = A x - sum_i g_i (theta_i y_i + N' B s_i)
     noise_i^2 = ||e||^2 / ||g||^2 + (16 eps theta_i)^2   residual_i^2 = ||B s_i||^2 + noise_i^2
 
-which weighs all pairs alike relative to their eigenvalues, and also finds an operator that does not
-repeat its products; the second term stands for what the small g_i hide. With k more products
-instead, residuals are computed pair by pair.
+This weighs all pairs equally relative to their eigenvalues, and also detects an operator whose
+products change; the second term stands for what the small g_i hide. With k more products instead,
+residuals are computed pair by pair.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlyi
 
 @dataclass(frozen=True)
 class Pairs:
-    """theta (j,), rows y (j, P), and per pair: residual norm, what of it is rounding, converged."""
+    """theta (j,), rows y (j, P); per pair its residual norm, the rounding in it, converged."""
 
     theta: Array
     rows: Tensor
@@ -72,24 +72,24 @@ def find_pairs(
             if ended or (len(chosen) == k and ratio <= 1.0):
                 found = theta[chosen], S[:, chosen], estimates[chosen]
                 pairs = _measured(products, lanczos, *found, tol, by_pair, seed)
-                share /= 2  # met by the estimates, but maybe not with what rounding adds to them
+                share /= 2  # the estimates meet the target, but maybe not with rounding added
                 if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
                     return pairs
             elif lanczos.full:
                 lanczos.restart(theta, S, k, which)
-            schedule.look_again(products.num_matvecs, ratio)
+            schedule.checked(products.num_matvecs, ratio)
         lanczos.step()
 
 
 class _Schedule:
-    """When to solve the small problem again: residuals fall geometrically, so that tells."""
+    """When to solve the small problem again: predicted from residuals that fall geometrically."""
 
     def __init__(self, first: int) -> None:
         self.next = first
         self._last: tuple[int, float] | None = None
 
-    def look_again(self, done: int, ratio: float) -> None:
-        """After ``done`` products the worst residual is ``ratio`` times its target."""
+    def checked(self, done: int, ratio: float) -> None:
+        """Set the next check: after ``done`` products the worst residual is ratio * target."""
         wait, now = done / 32, math.log(max(ratio, 1e-300))
         if self._last is not None and now < self._last[1]:
             rate = (self._last[1] - now) / max(1, done - self._last[0])
@@ -127,7 +127,7 @@ def _measured(
         difference -= lanczos.residual_rows((S @ g)[:, None])
         noise = np.hypot(_norms(difference)[0], RELATIVE_NOISE * lanczos.eps * size)
         residuals = np.hypot(estimates, noise)
-    # a zero eigenvalue has no relative residual: both are as small as rounding leaves them
+    # a zero eigenvalue has no relative residual: rounding alone decides
     zero = (size <= RELATIVE_NOISE * floor) & (residuals <= 4 * RELATIVE_NOISE * floor)
     converged = (residuals <= tol * size) | zero
     if converged.all():

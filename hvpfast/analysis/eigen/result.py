@@ -13,9 +13,8 @@ __all__ = ["EigenResult"]
 class EigenResult:
     """Eigenpairs ``A y_i = theta_i y_i`` of a symmetric operator, the most wanted first.
 
-    j <= k pairs are held: fewer than k only where the budget of products ended before the subspace
-    had k dimensions. Residuals are those of the vectors given here, with everything that rounding
-    does to the products: see :func:`hvpfast.eigsh`.
+    There are j <= k pairs, fewer than k only if the budget of products ended before the subspace
+    had k dimensions. Residuals are those of these vectors, including the rounding of the products.
 
     Attributes:
         eigenvalues: theta (j,) float64 on the CPU. "LM": by decreasing magnitude; "LA" and "BE":
@@ -25,14 +24,14 @@ class EigenResult:
             within this distance of theta_i.
         converged: whether residual_norms <= tol * |theta|, (j,) bool; an eigenvalue that is zero to
             rounding counts as converged when its residual is.
-        residual_floor: the residual norm that rounding of products leaves, as measured; the least
+        residual_floor: the measured residual norm that rounding of products leaves; the least
             that any pair can reach in this dtype.
-        num_matvecs: products with one vector that were made.
+        num_matvecs: products with one vector.
         stop_reason: "converged"; "max_matvecs", the budget ended; "precision", what is not
             converged cannot be in this dtype.
-        message: the same for people, with numbers.
-        which, tol, seed, block_size: what ran.
-        num_restarts: times the basis was cut back to fit into memory.
+        message: the reason as a sentence, with numbers.
+        which, tol, seed, block_size: the arguments, with "auto" and None resolved.
+        num_restarts: number of times the basis was cut back to fit into memory.
         compressed: None, or the sentence that says how the operator was made smaller.
     """
 

@@ -1,4 +1,4 @@
-"""Ritz pairs of a projected matrix: how they are solved, which are wanted, in which order."""
+"""Ritz pairs of a projected matrix: solved, selected and ordered."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WHICH = ("LM", "LA", "SA", "BE")
 def eigh(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Eigenvalues (m,), rising, and eigenvectors (m, m), columns, of a symmetric matrix.
 
-    By torch, whose number of threads the caller has set: NumPy's own threads wait actively for
-    cores that other processes use, which can take a hundred times the work's time.
+    By torch, whose number of threads the caller sets: NumPy's threads wait actively for cores that
+    other processes use, which can take a hundred times as long as the work.
     """
     values, vectors = torch.linalg.eigh(torch.from_numpy(matrix))
     return values.numpy(), vectors.numpy()

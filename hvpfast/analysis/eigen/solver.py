@@ -42,9 +42,9 @@ def eigsh(
 ) -> EigenResult:
     """k eigenpairs ``A y = theta y`` of a symmetric operator, by block Lanczos.
 
-    Full orthogonalisation, applied twice; no restart unless the basis would exceed the memory
-    budget, then thick restarts. Products are made in the dtype of A, the projected problem is
-    solved in float64. The result depends on ``seed``, on the block size and on the products only.
+    The basis is orthogonalised in full, twice; it is restarted (thick restarts) only where it would
+    exceed the memory budget. Products are computed in the dtype of A, the projected problem is
+    solved in float64. The result depends on ``seed``, the block size and the products only.
 
     Args:
         A: anything with ``.shape`` (P, P) and ``@`` on columns (P, K): operators of this library,
@@ -56,24 +56,24 @@ def eigsh(
         v0: start vector (P,). Random if neither it nor V0 is given.
         V0: guess (P, j) of eigenvectors, for instance ``.eigenvectors`` of a similar operator.
         tol: relative residual ``||A y - theta y|| <= tol * |theta|`` that makes a pair converged.
-            Eigenvalues are then far more accurate than tol where they are separated.
-        max_matvecs: budget of products with one vector; what is there when it ends is returned.
-            None is ``max(1000, 50 k)``.
+            Separated eigenvalues are then far more accurate than tol.
+        max_matvecs: budget of products with one vector; when it ends, the pairs so far are
+            returned. None is ``max(1000, 50 k)``.
         block_size: vectors multiplied at once. 1 takes the fewest products, more make a product
-            cheaper per vector; ``"auto"`` weighs them by counts of operations and bytes. Of equal
-            or nearly equal eigenvalues a run finds as many as a block has vectors, as every Krylov
-            method does: give a larger block where there may be more, with random columns in V0.
+            cheaper per vector; ``"auto"`` chooses by counts of operations. Of equal or nearly equal
+            eigenvalues a run finds as many as a block has vectors, like every Krylov method: if
+            there may be more, give a larger block, with random columns in V0.
         memory_budget: bytes that the basis may take; ``"auto"`` is half of the free memory.
         compress: row-space compression, exact to rounding, for the Hessian or Gauss-Newton matrix
             of a perceptron whose inputs have a rank below their number of columns, above all with
-            fewer samples than columns. ``"auto"`` where it is possible; True or it raises; False.
-        exact_residuals: k more products give the residual of every pair as it is. Without, one
-            more measures what rounding adds to the residuals of the recurrence, over all pairs.
+            fewer samples than columns. ``"auto"``: if possible; True: or it raises; False: never.
+        exact_residuals: compute the true residual of every pair, with k more products. Otherwise
+            one more product measures what rounding adds to the residuals, over all pairs.
         seed: in [0, 2**64); None takes fresh entropy. It is recorded in the result.
 
     Returns:
         The pairs with their residuals. A budget that ends, or a tolerance that rounding does not
-        allow, is no error: ``.stop_reason`` and ``.message`` say so, ``.converged`` for each pair.
+        allow, raises no error: ``.stop_reason`` and ``.message`` say so, ``.converged`` per pair.
 
     Raises:
         ValueError: an argument out of range, k > P, or an operator that is not symmetric.
@@ -187,7 +187,7 @@ def _compressed(A: Any, choice: bool | str) -> CompressedOperator | None:
 
 
 def _basis_limit(products: Products, k: int, block: int, memory_budget: object) -> int:
-    """Rows that the basis may have."""
+    """Largest number of rows of the basis."""
     free = products.agreed(available_bytes(products.device))
     room = budget_of(memory_budget, free)
     row = products.size * at_least_single(products.dtype).itemsize
@@ -202,9 +202,9 @@ def _basis_limit(products: Products, k: int, block: int, memory_budget: object) 
 
 
 def _lifted(pairs: Pairs, smaller: CompressedOperator, k: int, which: str) -> Pairs:
-    """The pairs of the given operator: lifted, with zeros of its null space where these come first.
+    """The pairs of the given operator: lifted, with pairs of its null space where these come first.
 
-    A run that found fewer pairs than it was asked for is not filled up.
+    If the run found fewer pairs than wanted, none of the null space are added.
     """
     have = len(pairs.theta)
     complete = have == min(k, smaller.operator.shape[0])

@@ -1,4 +1,4 @@
-"""Where Lanczos starts: random rows, given vectors, gradients of the logits averaged by class."""
+"""Start blocks of Lanczos: random rows, given vectors, gradients of logits averaged by class."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def start_rows(
 ) -> Tensor:
     """The first block (b, P): given rows (j, P) mixed into b of them, or random rows.
 
-    With j > b every row of the block is a sum of all given ones, with random signs: a Krylov space
-    from such a sum holds all of their directions after j steps, and improves them at once.
+    For j > b every row of the block is a sum of all given ones with random signs: the Krylov space
+    of such a sum has all of their directions after j steps, and improves all of them together.
     """
     if given is None or given.shape[0] < block_size:
         have = 0 if given is None else given.shape[0]
@@ -37,11 +37,11 @@ def start_rows(
 
 
 def class_gradients(operator: Any) -> Tensor:
-    """Gradients of the logits averaged by class: a cheap guess of the outlying eigenvectors.
+    """Gradients of the logits averaged by class: a cheap guess of the outlier eigenvectors.
 
     Column c C + j is the mean over the samples n of class c of ``d z_j(x_n) / d p``, for the
-    C outputs z; classes without samples have no columns. They span the eigenvectors of the largest
-    eigenvalues of trained classifiers to good accuracy; the whole costs about C gradients.
+    C outputs z; classes without samples have no columns. For trained classifiers their span nearly
+    has the eigenvectors of the largest eigenvalues; they cost about C gradients.
 
     Args:
         operator: a HessianOperator or GGNOperator whose targets are class indices (N,).

@@ -5,9 +5,9 @@
     layer    every tensor of the direction gets the norm of that tensor of the parameters
     None     the direction as a whole: length 1 if random, as it is if given
 
-Within each such group the second direction is made orthogonal to the first before it gets its norm,
-so both hold exactly: the norms, and the right angle. A group of one entry has no right angle to
-offer; one-dimensional tensors are one group, and so are the filters of one entry of a tensor.
+Within each such group the second direction is made orthogonal to the first and then gets its norm,
+so that both hold exactly. One-dimensional tensors, and tensors whose filters have one entry each,
+are one group, for a single entry allows no right angle.
 
 Reference: Li, Xu, Taylor, Studer, Goldstein (2018), arXiv:1712.09913.
 """
@@ -48,7 +48,7 @@ def ignored_words(ignore: str | None) -> tuple[str, ...]:
 def ignored_names(
     model: nn.Module, entries: Sequence[Entry], words: Sequence[str]
 ) -> tuple[str, ...]:
-    """Names of the entries that do not move."""
+    """Names of the entries that ``words`` exclude: they do not move."""
     norms = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
 
     def stays(name: str) -> bool:
@@ -133,7 +133,7 @@ def orthogonal(rows: Tensor) -> Tensor:
 def unit_text(
     normalize: str | None, given: bool, lengths: Sequence[float], still: Sequence[str]
 ) -> str:
-    """What a step of 1 along a direction means."""
+    """Text: what a step of 1 along a direction means."""
     shown = " and ".join(f"{length:.4g}" for length in lengths)
     what = {
         "filter": "a step of the norm of each filter, in every filter at once",

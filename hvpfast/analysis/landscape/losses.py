@@ -4,8 +4,8 @@ A perceptron is evaluated at G points at once. Its parameters are affine in c, s
 
     z_1(c) = x W_1' + b_1 + sum_i c_i (x D_i' + e_i)      (W_1, b_1), (D_i, e_i): center, directions
 
-from products of x that are made once for all points; the other layers are batched products. Any
-other module is called through torch.func.functional_call, point after point.
+from products of x that are computed once for all points; the other layers are batched products.
+Any other module is called through torch.func.functional_call, one point at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hvpfast.utils.random_state import RandomState
 __all__ = ["Losses"]
 
 _SAMPLES = 1024  # that go through the layers together
-_ELEMENTS = 2**19  # of a layer's values at all points together: they stay in cache
+_ELEMENTS = 2**19  # values of a layer at all points together: they stay in cache
 
 
 class Losses:
@@ -46,7 +46,7 @@ class Losses:
         rows: directions (D, P) along the entries.
 
     Attributes:
-        points_at_once: points that one call evaluates well; a function of sizes alone.
+        points_at_once: how many points to give to one call; a function of sizes alone.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Losses:
         return self._center.dtype
 
     def checksums(self) -> dict[str, str]:
-        """What identifies the parameters (all of the model's) and the data."""
+        """SHA-256 of all parameters and buffers of the model, and of the data."""
         state = [*self._model.parameters(), *self._model.buffers()]
         return {"parameters": _checksum(state), "data": _checksum(tensors_in(list(self.batches)))}
 
     @torch.no_grad()
     def __call__(self, points: Tensor) -> Tensor:
-        """L(c) (G,) in float64 on the CPU for points c (G, D) in float64; inf and NaN come out.
+        """L(c) (G,) in float64 on the CPU for points c (G, D) in float64; may be inf or NaN.
 
         Raises:
             ValueError: no target counts.
@@ -185,7 +185,7 @@ class Losses:
                 names[id(t)]: piece.view(t.shape)
                 for t, piece in zip(self._tensors, pieces, strict=True)
             }
-            # copies: a forward pass may write to buffers, and the model's stay as they are
+            # copies: a forward pass may write to buffers, and the model's must not change
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
             state = {**fixed, **copies, **moved}
             outputs = torch.func.functional_call(self._model, state, (batch.x,))

@@ -1,4 +1,4 @@
-"""Figures of landscapes: several surfaces on one scale, with what overflows marked."""
+"""Figures of landscapes: several surfaces on one scale, with overflowing losses marked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def contour(
         difference: names (a, b): one more panel with a - b, blue where a is lower.
         scale: ``"linear"``, ``"log"``, or ``"auto"``, which is log where positive losses differ
             by a factor of 20.
-        limit: losses above it get the colour of the limit; the figure says how many.
+        limit: losses above it get its colour; the figure says how many.
 
     Returns:
         The figure. Points whose loss is inf or NaN are hatched, and counted below.
@@ -172,7 +172,7 @@ def _check_complete(name: str, surface: Surface) -> None:
 
 
 def _norm(named: Mapping[str, Surface], scale: str, limit: float | None) -> tuple[Any, list[str]]:
-    """One scale of colours for all, and what must be said about it."""
+    """One scale of colours for all surfaces, and notes on it for the caption."""
     from matplotlib.colors import LogNorm, Normalize
 
     check_choice("scale", scale, _SCALES)

@@ -1,4 +1,4 @@
-"""A landscape and its file: losses on a grid with the directions and settings that made them."""
+"""A landscape and its file: losses on a grid, with their directions and settings."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Surface:
     """Losses L(p + x d_1 + y d_2) on a grid (plane), or L(p + x d_1) (line).
 
     Attributes:
-        losses: (X, Y), or (X,) for a line; float64, inf or NaN where the loss overflows, NaN where
+        losses: (X, Y), or (X,) for a line; float64. Inf or NaN where the loss overflows, NaN where
             a point is not ``done``.
         done: which points were evaluated, bool, shaped as ``losses``.
         x, y: coordinates (X,), (Y,); ``y`` is None for a line.
         directions: columns d_i (P, 1 or 2), in the dtype of the computation, along ``param_names``.
         center_loss: L(p).
-        settings: what the losses depend on, ready for JSON; equal settings give equal bytes.
+        settings: what the losses depend on, as JSON values; equal settings give equal files.
     """
 
     losses: Tensor
@@ -54,12 +54,12 @@ class Surface:
 
     @property
     def unit(self) -> str:
-        """What a distance of 1 means."""
+        """Text: what a distance of 1 means."""
         return str(self.settings["unit"])
 
     @property
     def seed(self) -> int | None:
-        """Of the random directions; None for given ones."""
+        """Seed of the random directions; None for given ones."""
         seed: int | None = self.settings["seed"]
         return seed
 

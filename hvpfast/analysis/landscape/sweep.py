@@ -1,4 +1,4 @@
-"""Evaluating a plane or a line, and going on with one that was interrupted."""
+"""Evaluating a plane or a line, and resuming one that was interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +57,14 @@ def plane(
 ) -> Surface:
     """Losses L(p + x d_1 + y d_2) over a data set, on a grid around the model's parameters p.
 
-    The model is not touched. With ``path`` the surface is written while it grows, whole files
-    only, and a call with the same arguments goes on with an interrupted one (or returns a complete
-    one): the file ends up the same byte by byte on the same machine and number of threads.
+    The model does not change. With ``path`` the surface is written while it grows, whole files
+    only, and a call with the same arguments resumes an interrupted one (or returns a complete one):
+    on the same machine, with as many threads, the final file is the same byte by byte.
 
     Args:
         model: as for :class:`hvpfast.HessianOperator`.
         loss_fn: the same.
-        params: those that move, as for the operators.
+        params: the parameters that move, as for the operators.
         data: as for the operators; means are exact for batches of any sizes.
         directions: columns (P, 2), such as two eigenvectors, or two vectors (P,), in the flat
             order of ``params``; None for random normal ones. The second is made orthogonal to the
@@ -77,8 +77,8 @@ def plane(
         span: coordinates from -span to span, or from the first to the second of a pair; a pair of
             such pairs for x and y.
         num_points: points along each axis, or a pair for x and y; an odd number holds the center.
-        seed: of random directions, in [0, 2**64); None takes fresh entropy, or that of the file
-            it goes on with.
+        seed: of random directions, in [0, 2**64); None takes fresh entropy, or the seed of the
+            file that is resumed.
         reduction: as for the operators.
         dtype: floating-point type of the computation; None takes that of the parameters.
         points_at_once: points that are evaluated together; ``"auto"`` by the sizes.
@@ -94,8 +94,9 @@ def plane(
             is of other settings, parameters or data (the message says which).
     """
     axes = [_axis("span", pair, count) for pair, count in _two_axes(span, num_points)]
-    rest = (normalize, ignore, seed, reduction, dtype, points_at_once, path, save_every)
-    return _sweep(axes, model, loss_fn, params, data, directions, *rest, progressbar)
+    how = _Options(normalize, ignore, seed, reduction, dtype, points_at_once)
+    saving = _Saving(None if path is None else Path(path), save_every, progressbar)
+    return _sweep(axes, model, loss_fn, params, data, directions, how, saving)
 
 
 def line(
@@ -123,9 +124,29 @@ def line(
     with ``span=(0, 1)``.
     """
     given = None if direction is None else [direction]
-    rest = (normalize, ignore, seed, reduction, dtype, points_at_once, path, save_every)
     axes = [_axis("span", span, num_points)]
-    return _sweep(axes, model, loss_fn, params, data, given, *rest, progressbar)
+    how = _Options(normalize, ignore, seed, reduction, dtype, points_at_once)
+    saving = _Saving(None if path is None else Path(path), save_every, progressbar)
+    return _sweep(axes, model, loss_fn, params, data, given, how, saving)
+
+
+class _Options(NamedTuple):
+    """Arguments of :func:`plane` and :func:`line` that say how losses are computed."""
+
+    normalize: str | None
+    ignore: str | None
+    seed: int | None
+    reduction: str | None
+    dtype: torch.dtype | None
+    points_at_once: int | str
+
+
+class _Saving(NamedTuple):
+    """Where and how often a surface is written, and whether a progress bar is shown."""
+
+    file: Path | None
+    every: float
+    progressbar: bool
 
 
 def _sweep(
@@ -135,16 +156,10 @@ def _sweep(
     params: Any,
     data: Any,
     given: Tensor | Sequence[Tensor] | None,
-    normalize: str | None,
-    ignore: str | None,
-    seed: int | None,
-    reduction: str | None,
-    dtype: torch.dtype | None,
-    points_at_once: int | str,
-    path: str | os.PathLike[str] | None,
-    save_every: float,
-    progressbar: bool,
+    how: _Options,
+    saving: _Saving,
 ) -> Surface:
+    normalize, ignore, seed, reduction, dtype, points_at_once = how
     if normalize == "auto":
         normalize = "filter" if given is None else None
     if normalize not in NORMALIZE:
@@ -154,7 +169,7 @@ def _sweep(
             f'points_at_once must be "auto" or an integer >= 1; got {points_at_once!r}'
         )
     entries = by_layer(model, select(model, params))
-    file = None if path is None else Path(path)
+    file = saving.file
     stored = load(file) if file is not None and file.exists() else None
     if given is not None and seed is not None:
         raise ValueError("seed is for random directions; drop it, or drop the given directions")
@@ -195,7 +210,7 @@ def _sweep(
         )
     else:
         _check_same(stored.settings, settings, file)
-    _fill(stored, axes, losses, at_once, file, save_every, progressbar)
+    _fill(stored, axes, losses, at_once, saving)
     return stored
 
 
@@ -204,11 +219,9 @@ def _fill(
     axes: Sequence[Tensor],
     losses: Losses,
     at_once: int,
-    file: Path | None,
-    save_every: float,
-    progressbar: bool,
+    saving: _Saving,
 ) -> None:
-    """Evaluate the points that are not done, by parts of the grid that are always the same."""
+    """Evaluate the points that are not done, in parts of the grid that are always the same."""
     points = torch.cartesian_prod(*axes).view(-1, len(axes))
     values, done = surface.losses.view(-1), surface.done.view(-1)
     parts = [
@@ -217,13 +230,14 @@ def _fill(
         if not bool(done[start])
     ]
     saved, before = time.monotonic(), int(done.sum())
-    with Progress(progressbar, len(points), "point", before, "landscape") as advance:
+    with Progress(saving.progressbar, len(points), "point", before, "landscape") as advance:
         for part in parts:
             values[part] = losses(points[part])
             done[part] = True
             advance(part.stop - part.start)
-            if file is not None and (part is parts[-1] or time.monotonic() - saved >= save_every):
-                surface.save(file)
+            due = part is parts[-1] or time.monotonic() - saved >= saving.every
+            if saving.file is not None and due:
+                surface.save(saving.file)
                 saved = time.monotonic()
 
 
@@ -295,7 +309,7 @@ def _digest(*tensors: Tensor) -> str:
 
 
 def _check_same(stored: Any, wanted: Any, file: Path | None) -> None:
-    """Raise ValueError where a file holds a surface of other settings."""
+    """Raise ValueError if a file holds a surface of other settings."""
     wanted = json.loads(json.dumps(wanted))
     different = []
     for name in sorted({*stored, *wanted} - {"checksums", "unit"}):

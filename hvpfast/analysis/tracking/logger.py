@@ -1,4 +1,4 @@
-"""Curvature along a training: chosen quantities every so many steps, as lines of JSON.
+"""Curvature during training: chosen quantities every so many steps, as lines of JSON.
 
     with CurvatureLogger(model, loss_fn, (x, y), "curvature.jsonl", every=100) as logger:
         for batch in loader:
@@ -6,8 +6,8 @@
             optimizer.step()
             logger.step()
 
-The log is a file of whole lines in the order of steps, one line per step at most, whatever
-interrupts the training.
+The log is a file of whole lines in the order of steps, at most one per step, even if the training
+is interrupted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["QUANTITIES", "CurvatureLogger", "read_log"]
 
 Line = dict[str, Any]
 
-_NOT_FINITE = re.compile(r"the loss is -?(nan|inf)\b")  # what operators say of a diverged loss
+_NOT_FINITE = re.compile(r"the loss is -?(nan|inf)\b")  # the operators' message for such a loss
 
 
 class CurvatureLogger:
@@ -59,27 +59,27 @@ class CurvatureLogger:
         update_curvature    u'Au / u'u for the last change u of the parameters; null where none is
                             known, as before the first step
 
-    Where loss or parameters are not finite, a line has nulls and an ``error``, and training goes
-    on. Modules are measured in eval mode. Training is not disturbed: modes, gradients, parameters,
-    buffers and random generators are afterwards what they were before.
+    If the loss or the parameters are not finite, a line has nulls and an ``error``, and training
+    continues. Modules are measured in eval mode. Training is not disturbed: modes, gradients,
+    parameters, buffers and random generators are the same afterwards.
 
     Args:
-        model, loss_fn, params, reduction, dtype, backend: as for :class:`hvpfast.HessianOperator`.
+        model, loss_fn, reduction, dtype, backend: as for :class:`hvpfast.HessianOperator`.
         data: what to measure on, as for the operators.
         path: of the log.
         every: steps between measurements.
         quantities: names from the list above.
-        params: the parameters whose curvature is meant.
+        params: the parameters whose curvature is measured, as for the operators.
         curvature: ``"hessian"`` or ``"ggn"``.
         num_matvecs: products for trace, frobenius_sq and diagonal_norm, which share them.
         num_eigenvalues: number of top_eigenvalues.
         tol: relative residual of the eigenvalues.
-        max_matvecs: products that a search for eigenvalues may take; what it has by then is logged.
+        max_matvecs: products that a search for eigenvalues may take; its best so far is logged.
         seed: of the probes; every step has probes of its own. None takes fresh entropy.
-        budget: share of the time that measuring may take, in (0, 1): a measurement that would go
-            beyond it is left out. None measures whatever it costs. The first is always made.
-        resume: go on with an existing log: a half line is cut off, steps in it are not measured
-            again. False refuses a file that is not empty.
+        budget: share of the time that measuring may take, in (0, 1); a measurement that would
+            exceed it is skipped, except for the first. None has no limit.
+        resume: continue an existing log: an incomplete last line is cut off, and steps in the log
+            are not measured again. False refuses a file that is not empty.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -140,8 +140,6 @@ class CurvatureLogger:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    # The training loop's side.
-
     @property
     def num_steps(self) -> int:
         """Calls of :meth:`step` so far, those before a restored state included."""
@@ -153,7 +151,7 @@ class CurvatureLogger:
         return self._earlier + time.monotonic() - self._began
 
     def step(self) -> Line | None:
-        """Count a step of the training, and measure where it is time.
+        """Count a step of the training, and measure if it is due.
 
         Returns:
             The line that was logged, or None.
@@ -172,10 +170,10 @@ class CurvatureLogger:
         return line
 
     def measure(self) -> Line | None:
-        """Measure now, whatever ``every`` and ``budget`` say, as before the first step.
+        """Measure now, regardless of ``every`` and ``budget``; for instance before the first step.
 
         Returns:
-            The line that was logged; None where the log has this step, or a later one, already.
+            The line that was logged; None if the log has this step, or a later one, already.
         """
         return self._log() if self._steps > self._last else None
 
@@ -192,7 +190,7 @@ class CurvatureLogger:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the training needs so that the log goes on from it."""
+        """The state for a checkpoint of the training, from which the log can continue."""
         return {
             "steps": self._steps,
             "skipped": self._skipped,
@@ -205,7 +203,7 @@ class CurvatureLogger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint: lines of later steps are taken out of the log."""
+        """Continue from a checkpoint: lines of later steps are removed from the log."""
         self._steps, self._skipped = int(state["steps"]), int(state["skipped"])
         self._seed, self._before = int(state["seed"]), state["before"]
         self._measured, self._cost = float(state["measured_seconds"]), float(state["last_cost"])
@@ -218,8 +216,6 @@ class CurvatureLogger:
             self.close()
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._last = json.loads(kept[-1])["step"] if kept else -1
-
-    # What a measurement is.
 
     def _affordable(self) -> bool:
         if self._budget is None or self._cost == 0:
@@ -269,7 +265,7 @@ class CurvatureLogger:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[Line]:
-    """The lines of a log; a last one that was cut short is left out.
+    """The lines of a log, without an incomplete last one.
 
     Raises:
         ValueError: another line is damaged.
@@ -283,7 +279,7 @@ def read_log(path: str | os.PathLike[str]) -> list[Line]:
 
 
 def _heal(path: Path, resume: bool) -> int:
-    """Cut a half line off an existing log; the last step in it, -1 if none."""
+    """Cut an incomplete last line off an existing log; returns its last step, -1 if none."""
     if not path.exists() or path.stat().st_size == 0:
         return -1
     if not resume:
@@ -303,7 +299,7 @@ def _write_all(file: int, content: bytes) -> None:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode, each in its own mode again afterwards."""
+    """A context with all modules in eval mode; it restores the mode of each."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -320,7 +316,7 @@ def _seed_of(seed: int, step: int) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """The value, with None for numbers that are not finite: JSON has no other word for them."""
+    """The value with None for numbers that are not finite, which JSON cannot write."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

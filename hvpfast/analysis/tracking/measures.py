@@ -22,7 +22,7 @@ QUANTITIES = ("loss", "gradient_norm", *_ESTIMATED, *_EIGEN, *_ALONG)
 
 
 class Measurement:
-    """Measures chosen quantities of an operator; eigenvectors are kept for the next time.
+    """Measures chosen quantities of an operator; keeps eigenvectors as starts of the next search.
 
     Attributes:
         vectors: the eigenvectors of the last search (P, k), or None.
@@ -62,7 +62,7 @@ class Measurement:
         return found
 
     def nothing(self, error: str) -> dict[str, Any]:
-        """Nulls for all quantities, and why."""
+        """Nulls for all quantities, with the error."""
         return {"num_matvecs": 0, **dict.fromkeys(self._quantities), "error": error}
 
     def _estimate(self, A: Any, seed: int, found: dict[str, Any]) -> None:
