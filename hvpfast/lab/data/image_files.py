@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-100 from files on disk, checked; fetched through torchvision where it can be.
+"""MNIST and CIFAR-100 from files on disk, checked, and fetched through torchvision if possible.
 
 MNIST is four IDX files (plain or ``.gz``): big-endian magic 2051 for images and 2049 for labels, a
 32-bit size per dimension, bytes. CIFAR-100 is its "python version": pickles of bytes (N, 3072) and
@@ -81,7 +81,7 @@ def load_cifar100(data_dir: str | Path) -> Arrays:
 def present(
     name: str, folder: Path, find: Callable[[], dict[str, tuple[Path, Read]] | None], offline: str
 ) -> dict[str, tuple[Path, Read]]:
-    """Return what `find` finds, after fetching it where it is not there."""
+    """Return what `find` finds; fetch the data set first where it finds nothing."""
     found = find()
     if found is None:
         reason = fetch(name, folder)
@@ -131,7 +131,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def checked(content: bytes, md5: str, path: Path) -> bytes:
-    """Return the content, which must have the checksum."""
+    """Return the content; raise where it does not have the checksum."""
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise StudyError(
             f"{path} is damaged or another file: its MD5 is not {md5}. Delete it and fetch it again"
@@ -172,7 +172,7 @@ def member(archive: Path, name: str) -> bytes:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads pickles of arrays, and refuses to make anything else."""
+    """Reads pickles of arrays, and refuses all others."""
 
     ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"),
@@ -183,7 +183,7 @@ class ArraysOnly(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle names, if it belongs to arrays."""
+        """Return a class or function named by a pickle, if it belongs to arrays."""
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
         module = module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module

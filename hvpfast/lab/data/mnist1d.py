@@ -26,7 +26,7 @@ NUM_INPUTS, NUM_CLASSES = 40, 10
 
 @dataclass(frozen=True)
 class Published:
-    """What MNIST-1D of one size must be."""
+    """Digests and projections of MNIST-1D of one size."""
 
     data: str
     """SHA-256 of round(1e6 * [x; x_test]) as little-endian int64."""
@@ -58,13 +58,13 @@ PUBLISHED = {
 
 
 def verify(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64]) -> str:
-    """Compare generated data x (N, 40), y (N,) with `PUBLISHED`; return how it was found equal.
+    """Compare generated data x (N, 40), y (N,) with `PUBLISHED`; return in what way it is equal.
 
-    Rounding to 1e-6 may flip for a value within 1e-15 of a rounding edge (another libm), so where
+    With another libm a value within 1e-15 of a rounding edge may round to another 1e-6. So where
     only the data's digest differs, the projections decide: they must agree to 1e-9 per value.
 
     Raises:
-        StudyError: the data are others than published.
+        StudyError: the data differ from those published.
     """
     published = PUBLISHED.get(len(y))
     if published is None:
@@ -107,7 +107,7 @@ def split_sizes(num_samples: int, val_fraction: float) -> tuple[int, int, int]:
 def make_mnist1d(num_samples: int) -> dict[str, Any]:
     """Generate MNIST-1D: x, x_test (., 40) float64 and y, y_test (.,) int64.
 
-    The package seeds the global generators of ``random`` and NumPy; both are put back as they were.
+    The package seeds the global generators of ``random`` and NumPy; both are then restored.
     """
     package = require("mnist1d.data", "the data set mnist1d")
     arguments = package.get_dataset_args()

@@ -41,7 +41,7 @@ def exact_curvature(
 ) -> dict[str, float]:
     """Return ||A||_F^2 and Tr A of the Hessian or Gauss-Newton matrix A of a split, exactly.
 
-    Where there are more samples than parameters, A is formed; otherwise it is not.
+    A is formed only where there are more samples than parameters; see ``dense_hessian.py``.
 
     Returns:
         ``{curvature}_fro2`` and ``{curvature}_trace``.

@@ -7,8 +7,8 @@ block of layers l <= k is a sum over samples, and so a product of two matrices w
                                + sum_n M_n[i, j'] a_n[j] z_bar_n[i']
 
 (no second sum for l = k, nor at the bias of k). For l = k both factors are symmetric, and half of
-each is enough. The work grows with N P^2, where `Cores` sums over pairs of samples: this is the
-cheaper way for more samples than parameters.
+each is enough. The work grows with N P^2; that of `Cores`, which sums over pairs of samples, with
+N^2. So this way is the cheaper one for more samples than parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hvpfast.backends.reference.cores import cores as cores_of
 from hvpfast.lab.data.splits import Split
 
 CHUNK = 1024
-"""Samples whose outer products are held at once."""
+"""Samples whose outer products are in memory at once."""
 
 Blocks = dict[tuple[int, int], Tensor]
 """[l, k], l < k, to (D[l], D[k], D[l-1] + 1, D[k-1] + 1): outputs i, i', inputs and bias j, j'.
@@ -57,7 +57,7 @@ def weights(size: int, off_diagonal: float) -> Tensor:
 
 
 def chunks(model: hf.MLP, split: Split, ggn: bool) -> Iterator[Blocks]:
-    """Yield the blocks of one part of the samples after the other."""
+    """Yield the blocks summed over `CHUNK` samples, part by part."""
     spec, num = hf.MLPSpec(model.sizes, activation=model.activation), len(split.y)
     tensors = [tensor.detach() for tensor in model.weights]
     for x, y in zip(torch.split(split.x, CHUNK), torch.split(split.y, CHUNK), strict=True):

@@ -13,15 +13,15 @@ from hvpfast.lab.data.splits import Data, Split
 from hvpfast.lab.measure.training import scores
 
 LINEAR_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Weight decays among which the linear predictor's is chosen, on validation data, strongest first:
-each fit starts from the last one.
+"""Weight decays of softmax regression, from which validation data choose one; the strongest is
+first, as each fit starts from the one before.
 """
 LINEAR_STEPS = 200
-"""Steps of L-BFGS for each of them, at most."""
+"""Most steps of L-BFGS for each of them."""
 
 
 def constant_prediction(data: Data) -> dict[str, Any]:
-    """Return what predicting the train split's class frequencies scores on the test split."""
+    """Return test loss and accuracy of predicting the train split's class frequencies."""
     counts = torch.bincount(data.train.y, minlength=data.num_classes).double()
     logits = (counts / counts.sum()).log().expand(len(data.test.y), -1)
     return {
@@ -31,7 +31,7 @@ def constant_prediction(data: Data) -> dict[str, Any]:
 
 
 def linear_prediction(data: Data) -> dict[str, Any]:
-    """Return what the best linear predictor scores: softmax regression, weight decay by validation.
+    """Return the scores of softmax regression, its weight decay chosen by the validation loss.
 
     Returns:
         ``decay`` (the penalty is decay / 2 times the squared parameters), ``train_loss``,

@@ -1,4 +1,4 @@
-"""What trainings of the studies share: the loss linearized on a batch, and scores on a split."""
+"""What trainings of the studies share: batches, the loss linearized on one, scores on a split."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def scores(model: torch.nn.Module, data: Data) -> dict[str, float]:
     for name, split in data.splits.items():
         found[f"{name}_loss"], found[f"{name}_accuracy"] = score(model, split)
     return found
+
+
+def shuffled(split: Split, batch_size: int, random: torch.Generator) -> list[Split]:
+    """Return the split's samples in random order, in batches; the last one may be smaller."""
+    order = torch.randperm(len(split.y), generator=random)
+    parts = (torch.split(values[order], batch_size) for values in (split.x, split.y))
+    return [Split(x, y) for x, y in zip(*parts, strict=True)]
 
 
 def linearize(

@@ -20,15 +20,15 @@ def minimise(
 ) -> Point | None:
     """Return the point with the lowest value, the earliest of equals; None if none is finite.
 
-    The points ``first`` are tried first (coordinates they leave open are drawn at random), then
-    TPE goes on. Everything follows from the seed and the values, so a search whose values are on
-    record is resumed by running it again.
+    The points ``first`` come first; coordinates that they leave open are drawn at random. TPE
+    chooses the others. All points follow from the seed and the values, so a search whose values
+    are on record is resumed by running it again.
 
     Args:
         evaluate: (number of the trial, point) to a value; infinite for a failure.
         space: name to (low, high), searched on a logarithmic scale.
-        first: points to try before the search proper.
-        num_trials: how many points in all.
+        first: points to try before TPE chooses.
+        num_trials: number of points in all, `first` included.
         seed: of the sampler.
     """
     optuna: Any = require("optuna", "the search for hyper-parameters")

@@ -29,11 +29,11 @@ Row = dict[str, str | int | float | bool | None]
 """One flat record. A number that is not finite is null: JSON has no other word for it."""
 
 LOCK = ".lock"
-"""Empty; by locks on its bytes, processes agree who works on what."""
+"""Name of an empty file. By locks on its bytes, processes agree who works on what."""
 
 
 class StudyError(RuntimeError):
-    """Something the user can put right; the command line shows it without a traceback."""
+    """A fault that the user can correct; the command line shows it without a traceback."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -93,7 +93,7 @@ class RunFolder:
             ) from error
 
     def check(self, wanted: Mapping[str, Any], resume: bool) -> None:
-        """Raise where the run `wanted` cannot live in this folder; write nothing."""
+        """Raise where the folder cannot hold the run `wanted`; write nothing."""
         stored = self.config()
         if stored is None:
             ours = (SCRATCH, LOCK)
@@ -117,9 +117,9 @@ class RunFolder:
             )
 
     def claim(self, wanted: Mapping[str, Any]) -> None:
-        """Make the checked folder hold the run; clear what a killed run left half written.
+        """Write config.json into the checked folder; delete what a killed run left half written.
 
-        To be called by the one process that holds the run.
+        Only the process that has locked the run may call it.
         """
         for scratch in [*self.path.glob(f"{SCRATCH}*"), *self.path.glob(f"cells/{SCRATCH}*")]:
             scratch.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class RunFolder:
             write_whole(self.path / "config.json", json.dumps(wanted, indent=2) + "\n")
 
     def entries(self) -> Iterable[Path]:
-        """Return what lies in the folder, which need not exist."""
+        """Return the paths in the folder; none where it does not exist."""
         try:
             return list(self.path.iterdir())
         except FileNotFoundError:
@@ -138,7 +138,7 @@ class RunFolder:
             ) from error
 
     def cell_path(self, key: str) -> Path:
-        """Return where the rows of a cell lie once it is finished."""
+        """Return the path of a cell's rows, where they are once it is finished."""
         return self.path / "cells" / f"{key}.jsonl"
 
     def cell(self, key: str) -> list[Row] | None:
@@ -163,7 +163,7 @@ class RunFolder:
     def timings(self) -> dict[str, float]:
         """Return the seconds of each cell, and of ``CELL/WHAT`` for a cell's rows of timings.
 
-        A line that a kill cut short is passed over.
+        A line that a kill cut short is skipped.
         """
         path = self.path / "timings.jsonl"
         found: dict[str, float] = {}
@@ -187,7 +187,7 @@ def next_folder(parent: Path, name: str, resume: bool) -> Path:
 
 
 def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Say which fields of two {study, preset, config} differ; the preset is only a name."""
+    """Say in which fields two {study, preset, config} differ; the preset is only a name."""
     if stored["study"] != wanted["study"]:
         return f"study is {stored['study']}, asked for {wanted['study']}"
     old, new = stored["config"], wanted["config"]

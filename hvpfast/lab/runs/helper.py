@@ -1,7 +1,7 @@
 """A further process for a run: ``python -m hvpfast.lab.runs.helper DIR MODULE PARENT``.
 
 It works on the cells of the run in DIR, of the study that MODULE has as ``STUDY``, until all are
-finished, and stops where the process PARENT that started it has gone. See ``sharing.py``.
+finished, or until the process PARENT, which started it, has ended. See ``sharing.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hvpfast.lab.runs.run import one_torch_thread
 from hvpfast.lab.runs.sharing import Claims
 
 STOPPED = 3
-"""Exit status where the run has gone."""
+"""Exit status where the parent has ended."""
 
 
 def help_run(path: Path, module: str, parent: int) -> int:

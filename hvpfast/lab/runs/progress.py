@@ -20,13 +20,13 @@ Describe = Callable[[list[Row]], str]
 Task = tuple[str, Work, Describe]
 
 POLL_SECONDS = 0.05
-"""Between two looks at cells that other processes work on."""
+"""Seconds between two checks of cells that other processes work on."""
 WORTH_HELP = 20.0
-"""Seconds left from which further processes are worth their start."""
+"""Seconds of work left from which starting further processes pays."""
 
 
 class Orphaned(Exception):
-    """The run that this process helps with has gone."""
+    """The process whose run this one helps with has ended."""
 
 
 class Cell(Protocol):
@@ -34,7 +34,7 @@ class Cell(Protocol):
 
     @property
     def path(self) -> Path:
-        """The run folder, for artefacts; a cell writes them before it yields its last row."""
+        """The run folder. A cell writes its artefacts there before it yields its last row."""
 
     def __call__(self, key: str, work: Work, describe: Describe) -> list[Row]:
         """Return the rows of the cell `key`: stored ones, or those that `work` makes now."""
@@ -44,16 +44,16 @@ class Cell(Protocol):
 
 
 class Progress:
-    """Runs the cells of a plan: finds finished ones, keeps new ones, and says so.
+    """Runs the cells of a plan: reads finished ones, stores new ones, and shows each.
 
     Args:
         folder: of the run.
         plan: the key of every cell.
         quiet: no bar and no lines.
         claims: how processes agree who works on a cell.
-        helpers: processes to start once the time left is worth it.
+        helpers: processes to start where the time left is worth it.
         workers: processes that share the cells, for the time left.
-        parent: process without which this one is to stop.
+        parent: process with whose end this one stops.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Progress:
         return self.together([(key, work, describe)])[0]
 
     def together(self, tasks: Sequence[Task]) -> list[list[Row]]:
-        """Return the rows of each task, in their order, working on those that are free."""
+        """Return the rows of each task, in their order; work on those that no process works on."""
         for key, _, _ in tasks:
             if key not in self.bytes:
                 raise ValueError(f"cell {key!r} is not in the study's plan; add it to plan(config)")
@@ -108,7 +108,7 @@ class Progress:
                 time.sleep(POLL_SECONDS)
 
     def attempt(self, key: str, work: Work, describe: Describe) -> list[Row] | None:
-        """Return a cell's rows: stored, or made now where it is free; None where it is taken."""
+        """Return a cell's rows, stored or made now; None where another process works on it."""
         if self.parent not in (None, os.getppid()):
             raise Orphaned
         stored, seconds = self.folder.cell(key), None
@@ -144,23 +144,23 @@ class Progress:
         self.bar.write(f"{done:>{width}}/{len(self.plan)}  {line}  {left}", file=sys.stderr)
 
     def seconds_left(self) -> float:
-        """Return the work left: a pending cell takes as long as those of its kind did."""
+        """Return the work left, if a pending cell takes as long as finished ones of its kind."""
         seen = {name: fmean(times) for name, times in self.seconds.items()}
         other = fmean(seen.values())
         return sum(seen.get(kind(key), other) for key in self.pending)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.bar.close()
 
 
 def kind(key: str) -> str:
-    """Return the key without its number: cells of one kind cost the same."""
+    """Return the key without the number at its end: cells of one kind cost the same."""
     return key.rstrip("0123456789")
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as people read it: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Return a duration in words: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

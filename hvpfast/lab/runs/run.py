@@ -47,12 +47,12 @@ NUMERIC_PACKAGES = (
 
 
 def no_artefacts(path: Path, records: list[Row]) -> None:
-    """Write nothing: figures and report are all."""
+    """Write nothing beside figures and report."""
 
 
 @dataclass(frozen=True)
 class Study(Generic[C, D]):
-    """One study: a record of functions, each testable by itself."""
+    """The functions of one study, each testable by itself."""
 
     name: str
     question: str
@@ -61,7 +61,7 @@ class Study(Generic[C, D]):
     packages: tuple[str, ...]
     """Optional packages it needs, imported before anything is written."""
     engine: Callable[[C], dict[str, str]]
-    """Resolves the backend and what else decides the numbers; raises where it cannot run."""
+    """Chooses the backend; returns it and what else decides the numbers, or raises."""
     load: Callable[[C], D]
     plan: Callable[[C], list[str]]
     """The key of every cell, in the order of the records."""
@@ -74,9 +74,9 @@ class Study(Generic[C, D]):
     headline: Callable[[Mapping[str, Any]], str]
     """The answer in a line or two."""
     artefacts: Callable[[Path, list[Row]], None] = no_artefacts
-    """Writes into the run folder what is derived from its cells beyond figures and report."""
+    """Writes into the run folder what follows from its cells beside figures and report."""
     module: str = ""
-    """Where another process finds it as ``STUDY``; empty where none can."""
+    """Module in which another process finds the study as ``STUDY``; empty where none can."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -104,8 +104,8 @@ def run(
         resume: continue the run in `out`, or redraw a finished one; where there is none, start.
         quiet: no progress bar and no lines.
         workers: processes that share the cells, this one included; they start when the time left
-            is worth it. A run under torchrun has its ranks instead, and a study with functions of
-            its user's own stays alone. No row depends on them.
+            is worth it. Under torchrun its ranks share them instead. A study with functions of
+            the user's own has one process. No row depends on the number.
 
     Raises:
         StudyError: the folder, the environment or a missing package does not allow the run.
@@ -166,7 +166,7 @@ def found_elsewhere(study: Study[C, D]) -> bool:
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Run torch on one thread, so that no sum depends on the number of cores; undone after."""
+    """Run torch on one thread, so that no sum depends on the number of cores; then restore it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -189,7 +189,7 @@ def environment_of(engine: Mapping[str, str]) -> dict[str, Any]:
 
 
 def keep_environment(folder: RunFolder, engine: Mapping[str, str], pending: bool) -> dict[str, Any]:
-    """Write env.json, or read that of the run being resumed; refuse to mix two in one run."""
+    """Write env.json, or read that of the run being resumed; refuse to mix two environments."""
     path, now = folder.path / "env.json", environment_of(engine)
     if not path.exists():
         write_whole(path, json.dumps(now, indent=2) + "\n")
@@ -207,7 +207,7 @@ def keep_environment(folder: RunFolder, engine: Mapping[str, str], pending: bool
 
 
 def keep_records(folder: RunFolder, wanted: Mapping[str, Any], plan: Iterable[str]) -> list[Row]:
-    """Write records.jsonl, the configuration and then every cell in order; return its rows."""
+    """Write records.jsonl: the configuration, then every cell in order. Return its rows."""
     flat = {
         k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in wanted["config"].items()
     }
@@ -222,7 +222,7 @@ def keep_records(folder: RunFolder, wanted: Mapping[str, Any], plan: Iterable[st
 
 
 def draw(study: Study[C, D], folder: RunFolder, records: list[Row], env: Mapping[str, Any]) -> Path:
-    """Make artefacts, figures, findings and the report in Markdown and HTML; return the former."""
+    """Write artefacts, figures, findings and the report; return the path of report.md."""
     study.artefacts(folder.path, records)
     for name, figure in study.figures(records).items():
         write_whole(folder.path / name, png(figure))
@@ -236,7 +236,7 @@ def draw(study: Study[C, D], folder: RunFolder, records: list[Row], env: Mapping
 
 
 def picture(folder: RunFolder, name: str) -> bytes:
-    """Return the bytes of a picture that the report shows."""
+    """Return the bytes of one of the report's pictures."""
     try:
         return (folder.path / name).read_bytes()
     except OSError as error:

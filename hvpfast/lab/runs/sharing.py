@@ -1,9 +1,9 @@
 """Several processes on one run: each runs the whole experiment and takes cells that are free.
 
-A cell is taken by a lock on its byte of the file ``.lock``; the system lets go of it when its
-holder dies, so that nothing is ever left taken. The processes are ranks of torchrun, or helpers
-that a run starts by itself (see ``helper.py``). Who works on a cell does not change its rows: every
-random stream is named, and torch runs on one thread.
+A process takes a cell by a lock on the cell's byte of the file ``.lock``. The system releases the
+lock when its holder dies, so that no cell stays taken. The processes are ranks of torchrun, or
+helpers that a run starts by itself (see ``helper.py``). A cell's rows do not depend on the process:
+every random stream is named, and torch runs on one thread.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from hvpfast.lab.environment import checkout
 from hvpfast.lab.runs.folder import LOCK, StudyError
 
 WHOLE_RUN = 0
-"""The byte that the process which draws the report holds during the run; cell i has byte i + 1."""
+"""Byte that the process which draws the report holds during the run; cell i has byte i + 1."""
 TAKEN = (BlockingIOError, PermissionError)
-"""What systems raise for a lock that another process has."""
+"""What operating systems raise for a lock that another process holds."""
 
 
 class Claims:
@@ -41,7 +41,7 @@ class Claims:
 
     @contextlib.contextmanager
     def hold(self, byte: int) -> Iterator[bool]:
-        """Try to take the byte; gives whether it was free. Let go of at the end."""
+        """Lock a byte if it is free, and yield whether it was; the lock is released at the end."""
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         except TAKEN:
@@ -53,7 +53,7 @@ class Claims:
             fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
 
     def take_run(self) -> None:
-        """Hold the whole run until `close`; raise where another process has it."""
+        """Lock the whole run until `close`; raise where another process has locked it."""
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, WHOLE_RUN)
         except TAKEN as error:
@@ -62,13 +62,13 @@ class Claims:
             ) from error
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all locks."""
         self.file.close()
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that torchrun started, as its environment variables tell."""
+    """The processes that torchrun started, by its environment variables."""
 
     rank: int
     size: int
@@ -79,7 +79,7 @@ class Team:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process of the team has come here."""
+        """Wait until every process of the team calls this."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -89,7 +89,7 @@ class Team:
 
 
 def team() -> Team:
-    """Return the team of this process; alone where torchrun did not start it."""
+    """Return the team of this process, of size 1 where torchrun did not start it."""
     words = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
     try:
         found = Team(*map(int, words))
@@ -103,14 +103,14 @@ def team() -> Team:
 
 
 class Helpers:
-    """Further processes for the run in a folder, started when there is work enough for them."""
+    """Further processes for the run in a folder, started where enough work is left."""
 
     def __init__(self, folder: Path, module: str, number: int) -> None:
         self.folder, self.module, self.number = folder, module, number
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start them, once."""
+        """Start the processes; a second call does nothing."""
         package = str(checkout())
         paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -123,13 +123,13 @@ class Helpers:
             str(os.getpid()),
         ]
         while len(self.processes) < self.number:
-            # a session of their own: Ctrl-C is for the run, which then stops them
+            # in sessions of their own: Ctrl-C reaches the run alone, which then stops them
             self.processes.append(
                 subprocess.Popen(command, env=environment, start_new_session=True)
             )
 
     def stop(self) -> None:
-        """End those that still run."""
+        """End the processes that still run, and wait for them."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:

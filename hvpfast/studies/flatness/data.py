@@ -1,4 +1,4 @@
-"""The flatness study's data sets, and the functions that a user puts in the study's place."""
+"""The flatness study's data sets, and the functions by which a user replaces its parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hvpfast.lab.runs.folder import StudyError
 from hvpfast.studies.flatness.config import Config
 
 HELD_OUT = 0.2
-"""Part of the samples that is held out of training."""
+"""Part of the samples that no training sees."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Custom:
     metrics: Mapping[str, Callable[[nn.Module, Data], float]] = field(default_factory=dict)
 
     def names(self) -> dict[str, str]:
-        """Return what is recorded of the functions, so that a resumed run has the same."""
+        """Return the functions' names for env.json, where a resumed run must find the same."""
         told = {"own data": self.data, "own model": self.model}
         names = {what: name_of(own) for what, own in told.items() if own is not None}
         return names | {f"own metric {name}": name_of(own) for name, own in self.metrics.items()}
 
     def measure(self, model: nn.Module, data: Data) -> dict[str, float]:
-        """Return the user's metrics of a trained network."""
+        """Return a column ``metric_NAME`` for each of the user's metrics."""
         with torch.no_grad():
             return {f"metric_{name}": float(own(model, data)) for name, own in self.metrics.items()}
 
@@ -140,6 +140,6 @@ def check_labels(data: Data) -> None:
 
 
 def flattened(data: Data) -> Data:
-    """Return the data with every sample as one row."""
+    """Return the data with inputs (N, D)."""
     train, val, test = (Split(s.x.flatten(1), s.y) for s in (data.train, data.val, data.test))
     return replace(data, train=train, val=val, test=test)

@@ -56,7 +56,7 @@ Make = Callable[[int], Network]
 
 
 def engine(own: Custom, config: Config) -> dict[str, str]:
-    """Return the backend that ``config.backend`` means here, and what the user's functions are."""
+    """Return the facts that decide the numbers, the names of the user's functions among them."""
     if own.model is not None:
         backend = f"{config.backend} (by hessian_penalty)"
         return {"backend": backend, "dtype": config.dtype, **own.names()}
@@ -66,13 +66,13 @@ def engine(own: Custom, config: Config) -> dict[str, str]:
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in order."""
+    """Return the key of every cell, in the order of the records."""
     finals = [final_key(lam, seed) for seed in config.seeds for lam in config.lambda_values]
     return ["data", *["steps"] * (config.timing_rounds > 0), *finals]
 
 
 def final_key(lam: float, seed: int) -> str:
-    """Return the key of the cell of one final run."""
+    """Return the key of a final run's cell."""
     return f"lambda-{arm(lam)}-seed-{seed:03d}"
 
 
@@ -91,7 +91,7 @@ def experiment(own: Custom, config: Config, data: Data, cell: Cell) -> None:
 
 
 def maker(own: Custom, config: Config, data: Data) -> Make:
-    """Return what makes an untrained network from a seed: the same for every lambda."""
+    """Return the function from a seed to its untrained network, the same for every lambda."""
     dtype = getattr(torch, config.dtype)
 
     def make(seed: int) -> Network:
@@ -126,7 +126,7 @@ def data_rows(own: Custom, data: Data) -> Iterator[dict[str, Any]]:
 def final_rows(
     own: Custom, config: Config, data: Data, make: Make, lam: float, seed: int, path: Path
 ) -> Iterator[dict[str, Any]]:
-    """Train one network: its curve, its landscape where wanted, and the row of its measures."""
+    """Train one network; yield its curve, its landscape if wanted, and the row of its measures."""
     filed = {"arm": arm(lam), "lambda": lam, "seed": seed}
     net = make(seed)
     trained = train(config, data, net, lam, seed)
@@ -148,18 +148,18 @@ def final_rows(
 
 
 def describe_data(rows: list[Row]) -> str:
-    """Return the data's line of progress."""
+    """Return the line of progress: the data set and the sizes of its splits."""
     sizes = "{num_train} train, {num_val} held out, {num_test} test".format(**rows[0])
     return f"{rows[0]['dataset']}: {sizes}"
 
 
 def describe_steps(rows: list[Row]) -> str:
-    """Return the line of progress of the check and the timing against torch."""
+    """Return the line of progress: the relative error of the gradient against torch's."""
     return f"penalised gradient against torch: relative error {rows[0]['gradient_error']:.1e}"
 
 
 def describe_final(rows: list[Row]) -> str:
-    """Return a final run's line of progress."""
+    """Return the line of progress: lambda, seed, test accuracy, exact Tr(H^2) where known."""
     row = rows[-1]
     head = f"lambda {row['arm']:<6} seed {row['seed']:<3}"
     if row["diverged"]:
@@ -170,7 +170,7 @@ def describe_final(rows: list[Row]) -> str:
 
 
 def study(own: Custom | None = None) -> Study[Config, Data]:
-    """Return the study, with the user's own functions where there are some."""
+    """Return the study; `own` replaces its data and network, and adds to its measures."""
     own = own or Custom()
     return Study(
         name="flatness",
@@ -210,7 +210,7 @@ def run(
             and y (N,) classes from 0, or a `Data` of three splits. Of four arrays the last fifth of
             the train part is held out.
         model: returns a module with fresh weights from torch's global generator, which is seeded
-            and put back around the call; its outputs are logits. A `hvpfast.MLP` runs on the fast
+            and restored around the call; its outputs are logits. A `hvpfast.MLP` runs on the fast
             kernels, any other perceptron on them through autograd, anything else (a conv net) on
             the reference backend.
         metrics: functions of the trained module and the data to one number, compared like the

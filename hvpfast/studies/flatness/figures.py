@@ -37,7 +37,7 @@ def figures(records: list[Row]) -> dict[str, Figure]:
 
 
 def lam(arm: str) -> str:
-    """Return a lambda as the figures print it."""
+    """Return an arm's name in the figures."""
     return f"λ = {arm}"
 
 
@@ -69,7 +69,7 @@ def training_comparison(records: list[Row], finals: list[dict[str, Any]]) -> Fig
 
 
 def held_out_name(records: list[Row]) -> str:
-    """Return what the held-out split is: validation data, or the test data, as published."""
+    """Return "validation", or "test" where the held-out split is the test split, as published."""
     return "test" if table(records, "data")[0]["held_out_is_test"] else "validation"
 
 
@@ -129,7 +129,7 @@ BATCH_FLATNESS = {
 
 
 def flatness(finals: list[dict[str, Any]]) -> Figure:
-    """Draw Tr(H^2) by every way of measuring it, and the curvature that ignores the scale."""
+    """Draw Tr(H^2) by every way of measuring it, and the curvature that no rescaling changes."""
     figure, axes = plots.new_figure(3, width=4.4)
     panels: Sequence[tuple[Mapping[str, str], str]] = (
         (FLATNESS, "Tr(H²) after training"),
@@ -163,7 +163,7 @@ def flatness(finals: list[dict[str, Any]]) -> Figure:
 
 
 def legend(ax: Axes) -> None:
-    """Name what is drawn, where something is."""
+    """Add a legend where something is drawn."""
     if ax.get_legend_handles_labels()[0]:
         plots.legend(ax)
 

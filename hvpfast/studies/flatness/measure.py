@@ -1,4 +1,4 @@
-"""What a trained network is measured by: scores, curvature three ways, and its landscape."""
+"""Measures of a trained network: scores, curvature, and the landscape around it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Operator = TypeVar("Operator", hf.HessianOperator, hf.GGNOperator)
 
 
 def scores(model: nn.Module, data: Data) -> dict[str, Any]:
-    """Return losses and accuracies, and which test samples are classified rightly, as hex bits."""
+    """Return losses and accuracies, and as ``test_right`` a bit per test sample, in hex."""
     found = training.scores(model, data)
     found["gap"] = found["test_loss"] - found["train_loss"]
     with torch.no_grad():
@@ -31,7 +31,7 @@ def scores(model: nn.Module, data: Data) -> dict[str, Any]:
 
 
 def rights(row: dict[str, Any], num_test: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which test samples a final row's network classifies rightly, (num_test,)."""
+    """Return which test samples are classified correctly, (num_test,), from ``test_right``."""
     packed = np.frombuffer(bytes.fromhex(row["test_right"]), np.uint8)
     return np.unpackbits(packed, count=num_test).astype(bool)
 

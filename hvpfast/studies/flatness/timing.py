@@ -25,14 +25,14 @@ from hvpfast.studies.flatness.train import Network, step_gradient
 
 METHODS = ("plain", "penalised", "torch-plain", "torch-penalised")
 WEIGHT = 0.01
-"""lambda of the steps compared; the work does not depend on it."""
+"""lambda of the steps; the work does not depend on it."""
 
 Step = Callable[[Split, int], None]
-"""One step of training on a batch, with the seed of its probes."""
+"""(batch, seed of the probes) to one training step."""
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Return the network as plain torch modules, with the same parameters in the same order."""
+    """Return a copy of plain torch modules, with the same parameters in the same order."""
     return model.to_sequential() if isinstance(model, hf.MLP) else copy.deepcopy(model)
 
 
@@ -103,7 +103,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def batch_of(config: Config, data: Data, i: int) -> Split:
-    """Return train batch i in the order of the data."""
+    """Return batch i of the train split, which is not shuffled."""
     part = slice(i * config.batch_size, (i + 1) * config.batch_size)
     return Split(data.train.x[part], data.train.y[part])
 
@@ -126,7 +126,7 @@ def timing_rows(
 
 
 def one_step(step: Step, batches: Iterator[Split], seeds: Iterator[int]) -> None:
-    """Make one step on the next batch, with probes that no step before had."""
+    """Make one step on the next batch, with fresh probes."""
     step(next(batches), next(seeds))
 
 
@@ -163,5 +163,5 @@ def torch_step(config: Config, model: nn.Module, weight: float) -> Step:
 
 
 def adam(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of every training."""
+    """Return Adam as the trainings have it."""
     return torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.lab.data.splits import Split, fold, generator
+from hvpfast.lab.data.splits import Data, Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize, score
 from hvpfast.studies.flatness.config import Config
 
@@ -30,13 +30,13 @@ FLATNESS_BATCHES = 4
 
 @dataclass(frozen=True)
 class Network:
-    """A module to train; `spec` where it is a `hf.MLP`, which the functional layer steps."""
+    """A module to train; with a `spec` it is a `hf.MLP`, whose steps need no autograd."""
 
     model: nn.Module
     spec: hf.MLPSpec | None
     backend: str
     penalised: str = "hessian"
-    """Matrix that the steps penalise: "hessian" or "ggn"."""
+    """Matrix whose squared norm the steps penalise: "hessian" or "ggn"."""
 
     @property
     def params_norm(self) -> float:
@@ -79,14 +79,14 @@ def perceptron(sizes: tuple[int, ...], activation: str, dtype: torch.dtype, seed
 
 
 def custom(make: Callable[[], nn.Module], dtype: torch.dtype, seed: int) -> nn.Module:
-    """Return ``make()`` with torch's global generator seeded while it runs, and put back after."""
+    """Return ``make()``, run with torch's global generator seeded, which is then restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return make().to(dtype)
 
 
 def network(model: nn.Module, backend: str, penalised: str = "hessian") -> Network:
-    """Return the module with what its steps need; ``backend`` is for perceptrons."""
+    """Return the module, with its spec if it is a perceptron; others run on "reference"."""
     try:
         spec = hf.spec_of(model, F.cross_entropy)
     except hf.NotAnMLPError:
@@ -117,7 +117,7 @@ def step_gradient(
 def fast_gradient(
     net: Network, spec: hf.MLPSpec, batch: Split, weight: float, num: int, seed: int
 ) -> tuple[float, float]:
-    """Do the work of `step_gradient` for one flat parameter, without autograd."""
+    """Do `step_gradient` for a `hf.MLP`: one flat parameter, no autograd."""
     model: Any = net.model
     lin = linearize(spec, model, batch, net.backend, order=3 if weight > 0 else 2)
     if weight == 0:
@@ -137,7 +137,7 @@ def fast_gradient(
 def module_gradient(
     net: Network, batch: Split, weight: float, num: int, seed: int
 ) -> tuple[float, float]:
-    """Do the work of `step_gradient` for any module, through autograd."""
+    """Do `step_gradient` for any module, through autograd."""
     net.model.zero_grad()
     if weight == 0:
         loss = F.cross_entropy(net.model(batch.x), batch.y)
@@ -175,11 +175,11 @@ def penalty_of(
 
 @torch.no_grad()
 def flatness(net: Network, batch: Split, num_probes: int, seed: int) -> float:
-    """Return the estimate of Tr(H^2) / B on one batch, which no training step makes."""
+    """Return the estimate of Tr(H^2) / B on a batch of B samples, without a graph."""
     return float(penalty_of(net, batch, num_probes, seed)[1]) / len(batch.y)
 
 
-def train(config: Config, data: Any, net: Network, lam: float, seed: int) -> Trained:
+def train(config: Config, data: Data, net: Network, lam: float, seed: int) -> Trained:
     """Train a network with Adam for one lambda; training that diverges ends early.
 
     Batches and probes are streams of the seed alone: every lambda of a seed sees the same.
@@ -220,9 +220,9 @@ PROBED = ("flatness_same", "flatness_fresh", "flatness_unseen")
 
 
 def probe_thrice(
-    config: Config, data: Any, net: Network, batch: Split, probe_seed: int, i: int
+    config: Config, data: Data, net: Network, batch: Split, probe_seed: int, i: int
 ) -> tuple[float, float, float]:
-    """Return Tr(H^2) / B after a step: same batch and probes; fresh probes; held-out batch, too."""
+    """Return Tr(H^2) / B after a step: by its own probes; by fresh ones; by these, held out."""
     num, size = config.num_hutchinson_samples, config.batch_size
     fresh = fold(probe_seed, "fresh")
     start = i * size % max(1, len(data.val.y) - size + 1)
@@ -235,11 +235,11 @@ def probe_thrice(
 
 
 def steps_per_epoch(config: Config, num_train: int) -> int:
-    """Return the number of whole batches; the samples left over change from epoch to epoch."""
+    """Return the number of whole batches; the samples left over are others in every epoch."""
     return num_train // config.batch_size
 
 
-def epoch_row(config: Config, data: Any, net: Network, seed: int, epoch: int) -> dict[str, Any]:
+def epoch_row(config: Config, data: Data, net: Network, seed: int, epoch: int) -> dict[str, Any]:
     """Return a point of the curve: held-out loss and accuracy, and Tr(H^2) / B by fresh probes."""
     loss, accuracy = score(net.model, data.val)
     if not math.isfinite(loss):

@@ -10,7 +10,7 @@ Two protocols. "sound": the learning rate is chosen on one grid and shared, then
 that rate; the test split is used once, after the last step of each final run; everything is chosen
 on validation data by the rule that is also reported, the loss after the last epoch; further arms
 say what an effect is due to (see `ARMS`). "published": as the claim was made, many times over; see
-``hessian_norm_published.py``.
+``published.py``.
 
 Random streams are named and derived from one root seed: split; init, batches and probes of each
 training; tuner. Rows, by their ``table``: data, trivial (what predictors without a network score),
@@ -40,7 +40,7 @@ from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
-from hvpfast.studies.hessian_norm import published as published
+from hvpfast.studies.hessian_norm import published
 from hvpfast.studies.hessian_norm.config import PRESETS, Config
 from hvpfast.studies.hessian_norm.figures import figures
 from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings
@@ -57,13 +57,13 @@ from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 
 
 def shape_of(config: Config) -> Shape:
-    """Return what all trainings share."""
+    """Return sizes, length and backend of the trainings."""
     sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
     return Shape(sizes, config.epochs, config.batch_size, config.backend, config.root_seed)
 
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the backend that ``config.backend`` means here, and why others were passed over."""
+    """Return the facts that decide the numbers; see `engine_of`."""
     return engine_of(config, hf.MLPSpec(shape_of(config).sizes, activation=config.activation))
 
 
@@ -74,12 +74,12 @@ def load(config: Config) -> Data:
 
 
 def activation_of(config: Config, arm: Arm) -> str:
-    """Return the activation of an arm."""
+    """Return the activation of an arm's hidden layers: some arms are to be smooth."""
     return config.smooth_activation if arm.smooth else config.activation
 
 
 def strengths_of(config: Config, arm: Arm) -> tuple[float, ...]:
-    """Return the grid of an arm's strength."""
+    """Return the values that an arm's strength is chosen from."""
     grid: tuple[float, ...] = getattr(config, arm.grid)
     return grid
 
@@ -90,7 +90,7 @@ def strengths_of(config: Config, arm: Arm) -> tuple[float, ...]:
 def trial_rows(
     config: Config, data: Data, stage: str, arm: str, number: int, setting: Setting
 ) -> Iterator[dict[str, Any]]:
-    """Train with one setting from every tuning seed; a row each."""
+    """Train with one setting from every tuning seed; yield a row each."""
     for seed in config.tune_seeds:
         trained = train(shape_of(config), data, setting, "tune", seed)
         last = {} if trained.diverged else trained.epochs[-1]
@@ -100,7 +100,7 @@ def trial_rows(
 
 
 def columns(setting: Setting) -> dict[str, Any]:
-    """Return the columns that describe a setting."""
+    """Return the columns learning_rate and strength."""
     return {"learning_rate": setting.learning_rate, "strength": setting.strength}
 
 
@@ -129,9 +129,11 @@ def best_of(
 
 
 def tune(config: Config, data: Data, cell: Cell) -> dict[str, Setting]:
-    """Return the setting of every arm: rates of the baselines, then strengths, then one rate again.
+    """Return the setting of every arm.
 
-    The placebo and the exact arm take what the penalised arm has: they differ in one thing.
+    First the learning rates of the baselines are chosen, then the strengths, then the rate of the
+    arm "own-rate". The placebo and the exact arm take the penalised arm's setting, from which they
+    differ in one thing.
     """
 
     def rates(arm: str, strength: float = 0.0) -> list[Setting]:
@@ -200,7 +202,7 @@ def data_rows(config: Config, data: Data) -> Iterator[dict[str, Any]]:
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in order."""
+    """Return the key of every cell, in the order of the records."""
     if config.protocol == "published":
         return ["data", *published.plan(config.repetitions)]
     rates, keys = range(len(config.learning_rates)), ["data"]
@@ -215,7 +217,7 @@ def plan(config: Config) -> list[str]:
 
 
 def experiment(config: Config, data: Data, cell: Cell) -> None:
-    """Tune and train by the protocol."""
+    """Tune every arm and train it from every seed; or repeat the published protocol."""
     config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
     cell("data", partial(data_rows, config, data), describe_data)
     if config.protocol == "published":
@@ -238,7 +240,7 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
 
 
 def reporter(protocol: Any) -> Any:
-    """Return the functions that report a protocol."""
+    """Return the protocol's functions: figures, findings, report and headline."""
     if protocol == "published":
         return published
     return SimpleNamespace(figures=figures, findings=findings, report=report, headline=headline)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.lab.data.splits import Data, Split, fold, generator
-from hvpfast.lab.measure.training import Diverged, linearize, score
+from hvpfast.lab.measure.training import Diverged, linearize, score, shuffled
 
 Step = Callable[[Split, int], tuple[float, float | None, Tensor]]
 """(batch, seed of the probe) to loss, penalty (None without one) and gradient (P,)."""
@@ -32,7 +32,7 @@ Step = Callable[[Split, int], tuple[float, float | None, Tensor]]
 
 @dataclass(frozen=True)
 class Setting:
-    """How one network is trained."""
+    """What trainings of a run differ in."""
 
     method: str
     """plain, penalised, placebo, exact or sam."""
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all trainings of a run share."""
+    """What all trainings of a run share: the network but for its activation, and the loop."""
 
     sizes: tuple[int, ...]
     epochs: int
@@ -98,7 +98,7 @@ def train(
 
 
 def initial(shape: Shape, data: Data, activation: str, purpose: str, seed: int) -> hf.MLP:
-    """Return the network before training, the same for all methods."""
+    """Return the untrained network of a seed: the same weights for all methods."""
     random = generator(shape.root_seed, "init", purpose, seed)
     return hf.MLP(shape.sizes, activation, dtype=data.train.x.dtype, generator=random)
 
@@ -106,21 +106,18 @@ def initial(shape: Shape, data: Data, activation: str, purpose: str, seed: int) 
 def batches(
     shape: Shape, data: Data, purpose: str, seed: int
 ) -> Iterator[Iterator[tuple[Split, int]]]:
-    """Yield epoch after epoch, each giving its batches and the seed of each step's probe."""
+    """Yield the steps of each epoch: batches, each with the seed of its probe."""
     random = generator(shape.root_seed, "batches", purpose, seed)
     steps = itertools.count()
     for _ in range(shape.epochs):
-        order = torch.randperm(len(data.train.y), generator=random)
-        x, y = data.train.x[order], data.train.y[order]
-        pairs = zip(torch.split(x, shape.batch_size), torch.split(y, shape.batch_size), strict=True)
         yield (
-            (Split(*pair), fold(shape.root_seed, "probes", purpose, seed, next(steps)))
-            for pair in pairs
+            (batch, fold(shape.root_seed, "probes", purpose, seed, next(steps)))
+            for batch in shuffled(data.train, shape.batch_size, random)
         )
 
 
 def step_of(shape: Shape, model: hf.MLP, setting: Setting) -> Step:
-    """Return the step function of a setting."""
+    """Return what makes a step's gradient by the setting's method; see the head of this file."""
     spec = hf.MLPSpec(shape.sizes, activation=setting.activation)
     strength = setting.strength
 

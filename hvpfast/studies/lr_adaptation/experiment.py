@@ -19,7 +19,7 @@ that tuning found fastest to the target.
 
 Random streams are named and derived from one root seed: split; init, batches and probes of each
 training; tuner; scatter. Rows, by their ``table``: data, trivial, trial (one tuning training),
-epoch (a point of a final run's curve), final, cost, and those of `lr_adaptation_proxies`.
+epoch (a point of a final run's curve), final, cost, and those of ``measure.py``.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from hvpfast.studies.lr_adaptation.report import headline, sound_report
 from hvpfast.studies.lr_adaptation.train import Stream, Trained, spec, time_steps, train
 
 RANDOM_TRIALS = 10
-"""Trials that TPE draws at random before it starts, by the default of its library."""
+"""Trials that TPE draws at random before it starts, as is Optuna's default."""
 
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the backend that ``config.backend`` means here, and why others were passed over."""
+    """Return the facts that decide the numbers; see `engine_of`."""
     return engine_of(config, spec(config))
 
 
@@ -69,7 +69,7 @@ def load(config: Config) -> Data:
 
 
 def trial_row(arm: str, seed: int, trial: int, rate: float, trained: Trained) -> dict[str, Any]:
-    """Return the row of a tuning training."""
+    """Return the row of one tuning training; without the target reached, all steps count."""
     row: dict[str, Any] = {
         "table": "trial",
         "arm": arm,
@@ -85,7 +85,7 @@ def trial_row(arm: str, seed: int, trial: int, rate: float, trained: Trained) ->
 
 
 def trial_rows(config: Config, data: Data, arm: str, trial: int) -> Iterator[dict[str, Any]]:
-    """Train at one learning rate from every tuning seed; a row each."""
+    """Train at one learning rate from every tuning seed; yield a row each."""
     rate = config.learning_rates[trial]
     for seed in config.tune_seeds:
         stream = ("tune", seed)
@@ -201,19 +201,19 @@ def data_rows(data: Data) -> Iterator[dict[str, Any]]:
 
 
 def describe_data(rows: list[Row]) -> str:
-    """Return the data's line of progress."""
+    """Return the line of progress: the data set and the sizes of its splits."""
     sizes = "{num_train} train, {num_val} validation, {num_test} test".format(**rows[0])
     return f"{rows[0]['dataset']}: {sizes}"
 
 
 def describe_trial(rows: list[Row]) -> str:
-    """Return a trial's line of progress."""
+    """Return the line of progress: arm, learning rate, mean validation loss."""
     row = rows[0]
     return f"tune   {row['arm']:<14}  lr {row['learning_rate']:.1e}  val loss {mean_loss(rows):.4f}"
 
 
 def describe_final(rows: list[Row]) -> str:
-    """Return a final run's line of progress."""
+    """Return the line of progress: arm, seed, learning rate, steps to the target, test loss."""
     row = rows[-1]
     head = f"final  {row['arm']:<14}  seed {row['seed']:<2}  lr {row['learning_rate']:.1e}"
     if row["diverged"]:
@@ -223,12 +223,12 @@ def describe_final(rows: list[Row]) -> str:
 
 
 def describe_proxies(rows: list[Row]) -> str:
-    """Return a proxy measurement's line of progress."""
+    """Return the line of progress: the training that the proxies were measured along."""
     return f"proxies along {rows[0]['trajectory']}, seed {rows[0]['seed']}"
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in order."""
+    """Return the key of every cell, in the order of the records."""
     if config.protocol == "published":
         return ["data", *(f"repeat-{arm}-{s:03d}" for s in config.seeds for arm in STUDIED)]
     tuning = [f"tune-{arm}-{i:02d}" for arm in ARMS for i in range(len(config.learning_rates))]
@@ -277,7 +277,7 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Return report.md without its environment section."""
+    """Return report.md without its last section, the environment."""
     return published_report(found) if found["protocol"] == "published" else sound_report(found)
 
 

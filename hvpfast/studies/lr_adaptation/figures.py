@@ -7,23 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpfast.lab.report import plots
+from hvpfast.lab.report import plots, words
 from hvpfast.lab.report.compare import LEVEL, by_seed, known, table
-from hvpfast.lab.report.words import (
-    change,
-    count,
-    interval,
-    percent,
-)
 from hvpfast.lab.runs.folder import Row
-from hvpfast.studies.lr_adaptation.findings import (
-    ARMS,
-    CLAIMS,
-    STUDIED,
-    compared,
-    learning_rates,
-    measures_of,
-)
+from hvpfast.studies.lr_adaptation import findings
+from hvpfast.studies.lr_adaptation.findings import ARMS, CLAIMS, STUDIED
 from hvpfast.studies.lr_adaptation.measure import ADAMS, PROXIES
 
 if TYPE_CHECKING:
@@ -79,10 +67,11 @@ def curves(records: list[Row]) -> Figure:
         ax.set_ylim(low - 0.04 * (high - low), high + 0.1 * (high - low))
         plots.legend(ax)
         plots.label(ax, title, "epoch", "validation loss" if ax is axes[0] else "")
+    seeds = words.count(len(found["adam"]), "seed")
     plots.caption(
         figure,
-        f"Mean over {count(len(found['adam']), 'seed')}, bands: middle half of the seeds; dotted: "
-        "the target. The start, outside the frame, is the same for all arms.",
+        f"Mean over {seeds}, bands: middle half of the seeds; dotted: the target. The start, "
+        "outside the frame, is the same for all arms.",
     )
     return figure
 
@@ -101,7 +90,7 @@ def band(ax: Axes, runs: Any, arm: str) -> None:
 def measures(records: list[Row]) -> Figure:
     """Draw every final run's four measures, a row per arm."""
     finals = table(records, "final")
-    claims = measures_of(table(records, "config")[0])
+    claims = findings.measures_of(table(records, "config")[0])
     figure, axes = plots.new_figure(len(claims), width=3.3, height=4.2)
     for ax, claim in zip(axes, claims, strict=True):
         found = {ARMS[a]: by_seed(finals, claim, (a,))[a] for a in ARMS}
@@ -121,10 +110,10 @@ def differences(records: list[Row]) -> Figure:
     """Draw every arm's paired differences from Adam in the four measures."""
     finals = table(records, "final")
     arms = [arm for arm in ARMS if arm != "adam"]
-    claims = measures_of(table(records, "config")[0])
+    claims = findings.measures_of(table(records, "config")[0])
     figure, axes = plots.new_figure(len(claims), width=3.3, height=4.2)
     for ax, claim in zip(axes, claims, strict=True):
-        found = {ARMS[arm]: compared(finals, claim, "adam", arm) for arm in arms}
+        found = {ARMS[arm]: findings.compared(finals, claim, "adam", arm) for arm in arms}
         ratio = any(result["kind"] == "ratio" for result in found.values())
         pairs = {
             ARMS[arm]: plots.paired_changes(finals, claim, "adam", arm, ratio=ratio) for arm in arms
@@ -140,20 +129,20 @@ def differences(records: list[Row]) -> Figure:
     plots.caption(
         figure,
         "Differences from Adam (β₂ = 0.999), or ratios, paired by seed. Dots: one seed each; bars: "
-        f"mean and {percent(LEVEL)} interval, not corrected. Left of the line is better.",
+        f"mean and {words.percent(LEVEL)} interval, not corrected. Left of the line is better.",
     )
     return figure
 
 
 def few_ticks(ax: Axes) -> None:
-    """Keep the numbers along a narrow panel apart."""
+    """Draw at most four intervals between ticks, whose numbers would touch in a narrow panel."""
     ax.locator_params(axis="x", nbins=4)
 
 
 def tuning(records: list[Row]) -> Figure:
     """Draw every learning rate that was tried: last validation loss, and steps to the target."""
     config = table(records, "config")[0]
-    finals, grid = table(records, "final"), learning_rates(config)
+    finals, grid = table(records, "final"), findings.learning_rates(config)
     chosen = {row["arm"]: row["learning_rate"] for row in finals}
     figure, (left, right) = plots.new_figure(2, width=6.0, height=4.4)
     reached = table(records, "trivial")[0]["test_loss"]
@@ -228,7 +217,7 @@ def decades(ax: Axes, x: Sequence[float], y: Sequence[float]) -> None:
 
 
 def guide(ax: Axes, x: Sequence[float], y: Sequence[float], what: str, name: str) -> None:
-    """Draw lines of known slope."""
+    """Draw lines of known slope through the medians of a cloud, or where noise would lie."""
     ends = np.asarray([min(x), max(x)])
     middle = float(np.exp(np.median(np.log(y)) - np.median(np.log(x))))
     if what == "curvature":
@@ -280,7 +269,7 @@ def similarity(records: list[Row]) -> Figure:
 
 
 def seeds_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the seeds of the rows, each once."""
+    """Return the seeds of the rows, each once, in their order."""
     return list(dict.fromkeys(row["seed"] for row in rows))
 
 
@@ -293,7 +282,7 @@ def repeated_curves(records: list[Row]) -> Figure:
     plots.label(left, "Loss on the test split", "epoch", "cross-entropy")
     plots.differences(right, adam, wrapper)
     plots.label(right, "Wrapper minus Adam", "epoch")
-    repeats = count(min(len(adam), len(wrapper)), "repeat")
+    repeats = words.count(min(len(adam), len(wrapper)), "repeat")
     plots.caption(figure, f"Thin: {repeats} of the whole protocol; thick: mean. Right: the wrapper "
                           "is better below zero.")  # fmt: skip
     return figure
@@ -304,19 +293,19 @@ def repeated_measures(records: list[Row]) -> Figure:
     finals = table(records, "final")
     figure, axes = plots.new_figure(len(CLAIMS), width=3.3)
     for ax, claim in zip(axes, CLAIMS, strict=True):
-        found = compared(finals, claim, *STUDIED)
+        found = findings.compared(finals, claim, *STUDIED)
         values = by_seed(finals, claim, STUDIED)
         plots.paired_dots(ax, {"Adam": values["adam"], "wrapper": values["difference"]})
-        told = f"{change(found['mean'], found['kind'])}  {interval(found)}"
+        told = f"{words.change(found['mean'], found['kind'])}  {words.interval(found)}"
         plots.label(ax, f"{TITLES[claim]}\n{told}")
     plots.caption(figure, "Dots: one repeat each, joined across the arms; bars: means. Above: the "
-                          f"paired change and its {percent(LEVEL)} interval.")  # fmt: skip
+                          f"paired change and its {words.percent(LEVEL)} interval.")  # fmt: skip
     return figure
 
 
 def searches(records: list[Row]) -> Figure:
     """Draw every trial of every repeat's search, and the learning rates that were chosen."""
-    grid = learning_rates(table(records, "config")[0])
+    grid = findings.learning_rates(table(records, "config")[0])
     figure, axes = plots.new_figure(2, width=5.0)
     for ax, arm in zip(axes, STUDIED, strict=True):
         rows = [row for row in table(records, "trial", arm=arm) if row["val_loss"] is not None]

@@ -1,7 +1,7 @@
-"""What the proxies of curvature measure: compared with the exact diagonal and with gradient noise.
+"""What the proxies of curvature measure: the exact diagonal of the Hessian, or gradient noise.
 
-Along one training (parameters p_t, batches B_t, gradients g_t) every arm's second moment q is kept
-side by side, so that all see the same points:
+Along one training (parameters p_t, batches B_t, gradients g_t) the second moments q of all arms are
+kept side by side, so that all see the same points:
 
     difference, secant, hutchinson, exact    q = sqrt(s) of HessianLRAdaptation
     adam, adam-0.99, adam-0.9                q = sqrt(v), Adam's own, by its beta2
@@ -13,9 +13,9 @@ and compared, coordinate by coordinate, with
 
 A proxy of curvature has a high rank correlation with h and slope 1 of log q on log h. What whitens
 noise has slope 1 on log sigma; the difference of two independent gradients has q = sqrt(2) sigma.
-(For cross-entropy the mean of squared per-sample gradients nears the Gauss-Newton diagonal where
-labels are as likely as the model says: then sigma goes with sqrt(h), and a measure of noise has a
-rank correlation with h, but slope 1/2.)
+(For cross-entropy the mean of squared per-sample gradients is close to the Gauss-Newton diagonal
+where labels are as likely as the model says. Then sigma grows with sqrt(h), and a measure of noise
+has a rank correlation with h, but slope 1/2.)
 
 Rows, by their ``table``: proxy (correlations at some epochs), similarity (mean cosine of the update
 of the arm "difference" and that of an Adam fed with the same gradients, per epoch), scatter (some
@@ -44,20 +44,20 @@ from hvpfast.studies.lr_adaptation.train import batches, make_optimizer, new_mod
 ADAMS = ("adam", "adam-0.99", "adam-0.9")
 PROXIES = (*ADAMS, "difference", "secant", "hutchinson", "exact")
 CHUNK = 256
-"""Samples whose gradients are held at once."""
+"""Samples whose gradients are in memory at once."""
 NUM_POINTS = 300
-"""Coordinates that the scatter rows keep."""
+"""Coordinates of each proxy that have a row in the table "scatter"."""
 
 
 class Ghost:
-    """An optimizer of an arm on a parameter of its own, which tells what it would do with g."""
+    """The optimizer of an arm on a parameter of its own: what the arm would do with a gradient."""
 
     def __init__(self, arm: str, like: torch.Tensor) -> None:
         self.param = torch.zeros_like(like)
         self.optimizer: Any = make_optimizer(arm, self.param, 1.0, 0)
 
     def update(self, gradient: torch.Tensor, operator: hf.Linearization | None = None) -> None:
-        """Let `param` be the update that the gradient leads to."""
+        """Set `param` to the update that the gradient leads to."""
         self.param.zero_()
         self.param.grad = gradient
         if operator is None:
@@ -66,7 +66,7 @@ class Ghost:
             self.optimizer.step(operator=operator)
 
     def second_moment(self) -> torch.Tensor | None:
-        """Return what the update is divided by, corrected for its start as the optimizer does."""
+        """Return what the optimizer divides the update by, its bias correction included."""
         if isinstance(self.optimizer, HessianLRAdaptation):
             return self.optimizer.rms_curvature(self.param)
         state, (group,) = self.optimizer.state[self.param], self.optimizer.param_groups
@@ -78,7 +78,7 @@ class Ghost:
 def proxy_rows(
     config: Config, data: Data, trajectory: str, rate: float, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Train one arm as its final run does, all proxies beside it; rows of all three tables."""
+    """Train one arm as in its final run, all proxies beside it; yield the rows of three tables."""
     network, model, stream = spec(config), new_model(config, "final", seed), ("final", seed)
     probes = fold(config.root_seed, "probes", *stream)
     optimizer = make_optimizer(trajectory, model.flat, rate, probes)
@@ -168,12 +168,12 @@ def gradient_noise(model: hf.MLP, split: Split) -> torch.Tensor:
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return Spearman's rank correlation; values are taken to be different."""
+    """Return Spearman's rank correlation of values without ties."""
     ranks = [v.argsort().argsort().double() for v in (a, b)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 def slope(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the least-squares slope of a on b."""
+    """Return the slope s of the least-squares line a = s b + c."""
     centred = b - b.mean()
     return float((centred @ a) / (centred @ centred))

@@ -26,11 +26,11 @@ from hvpfast.studies.spectral.config import Config
 NUM_INPUTS, NUM_CLASSES = 784, 10
 MNIST_MEAN_STD = (0.1307, 0.3081)
 OPERATOR_BYTES = 2**32
-"""Of linearized batches that an operator keeps; a constant, as what is kept may change rounding."""
+"""Memory of an operator for linearized batches; fixed, as what is kept may change rounding."""
 BASIS_BYTES = 2**31
-"""Of the basis of an eigensolver; it restarts beyond."""
+"""Memory of an eigensolver for its basis; where it is full, the solver restarts."""
 EVALUATION = 4096
-"""Samples of one evaluation."""
+"""Samples that are evaluated at once."""
 
 
 def load_synthetic(num_train: int = 60_000, num_test: int = 10_000, seed: int = 0) -> Arrays:
@@ -57,10 +57,10 @@ def load_synthetic(num_train: int = 60_000, num_test: int = 10_000, seed: int = 
 
 
 def load(config: Config) -> Data:
-    """Return train and test splits, pixels less one mean and over one deviation.
+    """Return train and test splits; all pixels are standardised by one mean and one deviation.
 
-    MNIST's two numbers are those that everybody uses; the others' are of their train pixels. There
-    is no validation split (`Data.val` is the test split): no choice is made on any of these scores.
+    For MNIST these are the two numbers in common use, for the others those of the train pixels.
+    There is no validation split (`Data.val` is the test split): no choice depends on the scores.
     """
     if config.data == "mnist":
         arrays, mean_std = load_mnist(config.data_dir), MNIST_MEAN_STD
@@ -98,7 +98,7 @@ class Problem:
 
     @classmethod
     def of(cls, config: Config, data: Data) -> Problem:
-        """Return the problem of a configuration; to be called where torch has one thread."""
+        """Return the problem of a configuration. Call it where torch runs on one thread."""
         sizes = (data.train.x.shape[1], *config.hidden, NUM_CLASSES)
         spec = hf.MLPSpec(sizes, activation="sigmoid")
         Q = row_space(data.train.x)
@@ -110,7 +110,7 @@ class Problem:
 
     @property
     def rank(self) -> int:
-        """Dimensions of the row space."""
+        """Dimension r of the row space."""
         return self.reduced.sizes[0]
 
     def narrow(self, flat: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Problem:
         return torch.cat([(wide[:first].view(width, d) @ self.Q.T).reshape(-1), wide[first:]])
 
     def lift(self, rows: Tensor) -> Tensor:
-        """Return rows (K, P) of rows (K, p), zero outside of the row space."""
+        """Return rows (K, P) from reduced ones (K, p), zero outside the row space."""
         if self.Q is None:
             return rows
         width, r = self.spec.sizes[1], self.rank
@@ -131,7 +131,7 @@ class Problem:
 
     @property
     def first(self) -> int:
-        """Number of first weights of the whole network."""
+        """Number of weights of the whole network's first layer."""
         return self.spec.sizes[0] * self.spec.sizes[1]
 
     def model(self, flat: Tensor) -> hf.MLP:
@@ -191,7 +191,7 @@ def row_space(x: Tensor) -> Tensor | None:
 
 
 def pieces(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give inputs and labels in parts that are evaluated at once."""
+    """Yield inputs and labels in parts of at most `EVALUATION` samples."""
     for first in range(0, len(y), EVALUATION):
         yield x[first : first + EVALUATION], y[first : first + EVALUATION]
 

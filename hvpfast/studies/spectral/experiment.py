@@ -12,7 +12,7 @@ lambdas, others solve the windows before, so that no chain is cut for the sake o
 
 Random streams are named and derived from one root seed: init; batches of each lambda; probes.
 Rows, by their ``table``: data, trivial, train (a lambda of a sweep), eigen (its pairs), density and
-curve (of chosen lambdas). Files: see ``spectral_files.py``.
+curve (of chosen lambdas). Files: see ``artefacts.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from hvpfast.utils.files import SCRATCH
 
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the backend, why others were passed over, and what will be written."""
+    """Return the facts that decide the numbers (see `engine_of`), and what will be written."""
     sizes = (spectral_data.NUM_INPUTS, *config.hidden, spectral_data.NUM_CLASSES)
     spec = hf.MLPSpec(sizes, activation="sigmoid")
     return {**engine_of(config, spec), "writes": spectral_files.size_text(config)}
@@ -58,7 +58,7 @@ def engine(config: Config) -> dict[str, str]:
 
 
 def branches(config: Config) -> dict[str, list[int]]:
-    """Return the points of the grid of the other sweeps, in their order."""
+    """Return the other two sweeps: name to their points of the grid, in the order of training."""
     if not config.branch_every:
         return {}
     points = sorted({*config.indices[:: config.branch_every], config.indices[-1]})
@@ -67,12 +67,12 @@ def branches(config: Config) -> dict[str, list[int]]:
 
 
 def parts(points: list[int], size: int) -> list[list[int]]:
-    """Return consecutive parts of a list."""
+    """Return the list in consecutive parts of `size`; the last one may be shorter."""
     return [points[i : i + size] for i in range(0, len(points), size)]
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in order."""
+    """Return the key of every cell, in the order of the records."""
     keys = ["data"]
     sweeps = {config.sweep: config.chosen, **branches(config)}
     for name, points in sweeps.items():
@@ -123,14 +123,14 @@ def train_rows(
 
 
 def describe_data(rows: list[Row]) -> str:
-    """Return the data's line of progress."""
+    """Return the line of progress: the data set, sizes, and what will be written."""
     row = rows[0]
     sizes = "{num_train} train, {num_test} test, {num_params} parameters".format(**row)
     return f"{row['dataset']}: {sizes}; {row['writes']}"
 
 
 def describe_train(rows: list[Row]) -> str:
-    """Return the line of progress of a window of a sweep."""
+    """Return the line of progress of a window of a sweep: lambdas and test accuracies."""
     head = (
         f"train  {rows[0]['sweep']:<10}  lambda {rows[0]['lambda']:.4f}..{rows[-1]['lambda']:.4f}"
     )
@@ -138,18 +138,18 @@ def describe_train(rows: list[Row]) -> str:
 
 
 def describe_eigen(rows: list[Row]) -> str:
-    """Return the line of progress of solved eigenproblems."""
+    """Return the line of progress of a group of lambdas: their largest eigenvalues."""
     head = f"pairs  {'':<10}  lambda {rows[0]['lambda']:.4f}..{rows[-1]['lambda']:.4f}"
     return f"{head}  largest {rows[0]['value_1']:.3f}..{rows[-1]['value_1']:.3f}"
 
 
 def describe_density(rows: list[Row]) -> str:
-    """Return the line of progress of a density."""
+    """Return the line of progress of a density: its lambda and trace."""
     return f"density            lambda {rows[0]['lambda']:.4f}  trace {rows[0]['trace']:.3f}"
 
 
 def experiment(config: Config, data: Data, cell: Cell) -> None:
-    """Train windows in their order, and beside each of them solve those before."""
+    """Train the windows in their order; beside each, solve what earlier windows have trained."""
     config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
     problem, folder = Problem.of(config, data), cell.path
     cell("data", partial(data_rows, config, problem), describe_data)
@@ -187,7 +187,7 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
 
 
 def artefacts(folder: Path, records: list[Row]) -> None:
-    """Write the two tables of scores; clear what killed processes left half written."""
+    """Write the two tables of scores; delete files that killed processes left half written."""
     for part in folder.glob(f"*/{SCRATCH}*"):
         part.unlink(missing_ok=True)
     rows = table(records, "train", sweep=records[0]["sweep"])

@@ -1,4 +1,4 @@
-"""The figures of the spectral study, from its records."""
+"""Figures of the spectral study: functions of its records alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAMBDA = r"$\lambda$"
 
 
 def figures(records: list[Row]) -> dict[str, Figure]:
-    """Return every figure by the name of its file."""
+    """Return the figures by file name."""
     main = by_index(table(records, "train", sweep=records[0]["sweep"]))
     eigen = by_index(table(records, "eigen"))
     made = {
@@ -42,7 +42,7 @@ def columns(eigen: dict[int, dict[str, Any]]) -> tuple[np.ndarray[Any, Any], np.
 
 
 def collapsed_span(ax: Axes, main: dict[int, dict[str, Any]]) -> None:
-    """Shade the lambdas from which on every network has collapsed."""
+    """Shade the lambdas from the first one beyond which every network has collapsed."""
     first = None
     for row in reversed(main.values()):
         if not row["collapsed"]:
@@ -81,7 +81,7 @@ def spectrum(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]]) 
     axes[1].set_ylim(max(1e-6, 0.1 * floor), 2 * float(np.abs(values).max()))
     label(axes[0], "Leading eigenvalues of the cross-entropy's Hessian H", LAMBDA, "eigenvalue")
     label(axes[1], "Their magnitudes, logarithmic", LAMBDA, "|eigenvalue|")
-    # on white, where the colour of the collapsed part is seen
+    # where the background is white, so that the colour of the collapsed part shows
     axes[0].legend(
         frameon=False, fontsize=9, labelcolor=INK, loc="center", bbox_to_anchor=(0.4, 0.4)
     )

@@ -28,9 +28,9 @@ from hvpfast.studies.spectral.data import BASIS_BYTES, NUM_CLASSES, Problem, pie
 from hvpfast.studies.spectral.train import COLLAPSED_SPREAD, decay_of, seed_of
 
 TOP = NUM_CLASSES
-"""Eigenvectors of the subspace that neighbouring lambdas are compared in, at most."""
+"""Largest dimension of the subspaces in which neighbouring lambdas are compared."""
 NUM_LOWEST = 3
-"""Smallest eigenvalues that are computed where the density is."""
+"""Smallest eigenvalues that are computed beside a density."""
 
 
 def eigenpairs(
@@ -44,8 +44,8 @@ def eigenpairs(
 ) -> hf.EigenResult:
     """Return k pairs of H in the row space of the inputs.
 
-    Under a penalty hidden units become alike, and eigenvalues equal or nearly so, dozens of them. A
-    Krylov space from b vectors need not see more than b equal ones, and its residuals do not tell:
+    Under a penalty hidden units become alike, and dozens of eigenvalues equal or nearly so. A
+    Krylov space from b vectors may miss all but b equal ones without a trace in its residuals,
     hence blocks of k. In a collapsed network the eigenvalues from the tenth on are a thousandth of
     the others, whose rounding in float32 would hide them: it is solved in float64.
     """
@@ -122,8 +122,8 @@ def eigen_rows(
         leading = found.eigenvectors[:, :TOP]
         row["overlap"] = None if top is None else overlap(top, leading)
         yield row
-        # a third of the block stays random: from the old vectors alone a pair that enters the
-        # leading ones is not seen
+        # a third of the block stays random: the old vectors alone would miss a pair that has just
+        # become a leading one
         previous, top = found.eigenvectors[:, : 1 + 2 * config.pairs // 3], leading
         keep(config, problem, folder, index, flat, found)
 
@@ -134,14 +134,14 @@ def state(config: Config, problem: Problem, folder: Path, index: int) -> Tensor:
 
 
 def timing(what: str, begin: float) -> dict[str, Any]:
-    """Return the row of a timing."""
+    """Return the row of the seconds since `begin`."""
     return {"table": "timing", "what": what, "seconds": time.perf_counter() - begin}
 
 
 def described(
     config: Config, problem: Problem, flat: Tensor, index: int, found: hf.EigenResult
 ) -> dict[str, Any]:
-    """Return eigenvalues and residuals as one row, with what they are compared to."""
+    """Return the row of eigenvalues, residuals, and the eigenvalues predicted after a collapse."""
     values, residuals = found.eigenvalues, found.residual_norms
     relative = residuals / values.abs().clamp(min=1e-300)
     within = relative <= config.tol
@@ -171,7 +171,7 @@ def described(
 def keep(
     config: Config, problem: Problem, folder: Path, index: int, flat: Tensor, found: hf.EigenResult
 ) -> None:
-    """Write the files of one lambda: eigenvalues, and where asked for vectors and gradient."""
+    """Write the files of one lambda: eigenvalues, and at kept points eigenvectors and gradient."""
     order = found.eigenvalues.argsort()
     values, decay = found.eigenvalues[order], decay_of(config, index)
     for what, shift in (("Hessian-eigenvalues", 0.0), ("Hessian-effective-eigenvalues", decay)):

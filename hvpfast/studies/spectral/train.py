@@ -27,7 +27,7 @@ from hvpfast.studies.spectral.config import Config
 from hvpfast.studies.spectral.data import NUM_CLASSES, Problem, scores
 
 HISTORY = 20
-"""Pairs that the quasi-Newton polish remembers."""
+"""Steps that L-BFGS remembers."""
 COLLAPSED_SPREAD = 1e-2
 """A network whose logits vary less than this over the samples has collapsed."""
 
@@ -59,9 +59,9 @@ class Fit:
 def fit(config: Config, problem: Problem, flat: Tensor, index: int, sweep: str) -> Fit:
     """Train from `flat` at one lambda, with a fresh Adam, and polish.
 
-    The stopping rule "effective" looks at the objective of the whole train split after each epoch
-    and goes back to the best state; "running-ce", as published, looks at the epoch's running mean
-    of the cross-entropy while weights move, and stays with the last state.
+    The stopping rule "effective" evaluates the objective of the whole train split after each epoch
+    and returns to the best state. "running-ce", as published, takes the mean of the epoch's batch
+    losses, during which the weights change, and keeps the last state.
 
     Raises:
         Diverged: a loss is not finite.
@@ -115,7 +115,7 @@ def square(flat: Tensor) -> float:
 
 
 def polish(config: Config, problem: Problem, flat: Tensor, decay: float) -> tuple[Tensor, int]:
-    """Minimise the objective of the whole train split by L-BFGS, from `flat`; steps taken.
+    """Minimise the objective of the whole train split by L-BFGS; return parameters and steps.
 
     It runs in the row space of the inputs: outside, only the penalty is left, whose minimum is 0.
     """
@@ -144,9 +144,9 @@ def polish(config: Config, problem: Problem, flat: Tensor, decay: float) -> tupl
 def chain(
     config: Config, problem: Problem, flat: Tensor, indices: list[int], sweep: str
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Train along lambdas, each from where the one before ended ("fresh": from `flat` always).
+    """Train along lambdas, each from where the one before ended ("fresh": each from `flat`).
 
-    Gives the row of each lambda and its parameters.
+    Yields the row of each lambda, and its parameters (P,).
 
     Raises:
         StudyError: a training diverged.
@@ -205,7 +205,7 @@ def described(config: Config, problem: Problem, found: Fit, index: int) -> dict[
 
 
 def mean(hits: Tensor) -> float | None:
-    """Return the share of hits; None of no samples."""
+    """Return the share of hits; None where there are no samples."""
     return float(hits.double().mean()) if hits.numel() else None
 
 
