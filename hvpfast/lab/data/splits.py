@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hvpfast.lab.runs.folder import StudyError
+from hvpfast.lab.runs.folder import Row, StudyError
 
 
 def fold(root: int, *names: str | int) -> int:
@@ -58,6 +58,13 @@ class Data:
     def row(self) -> dict[str, Any]:
         """Row of the table "data"."""
         return {"table": "data", "dataset": self.name, **self.sizes, "check": self.check}
+
+
+def describe_data(rows: list[Row], held_out: str = "validation") -> str:
+    """Return the line of progress of a cell whose first row is or resembles `Data.row`."""
+    row = rows[0]
+    sizes = f"{row['num_train']} train, {row['num_val']} {held_out}, {row['num_test']} test"
+    return f"{row['dataset']}: {sizes}"
 
 
 @dataclass(frozen=True)

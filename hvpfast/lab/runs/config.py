@@ -15,13 +15,16 @@ import itertools
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from hvpfast import backends
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.mlp.spec import MLPSpec
+
+Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"]
+"""Activations of the hidden layers that a study may be asked for."""
 
 
 class Numerics(Protocol):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hvpfast.lab.runs.config import check_least, check_seeds
+from hvpfast.lab.runs.config import Activation, check_least, check_seeds
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config:
     """widths of the hidden layers"""
     outputs: int = 0
     """logits; 0 for as many as there are classes (as published: 100, of which rbf uses 5)"""
-    activation: Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"] = "relu"
+    activation: Activation = "relu"
     """activation of the hidden layers"""
     learning_rate: float = 0.001
     """learning rate of Adam"""

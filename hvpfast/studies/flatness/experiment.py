@@ -34,14 +34,14 @@ import torch
 from torch import nn
 
 from hvpfast import MLPSpec
-from hvpfast.lab.data.splits import Data, fold
+from hvpfast.lab.data.splits import Data, describe_data, fold
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
-from hvpfast.studies.flatness import measure as measures
+from hvpfast.studies.flatness import measure
 from hvpfast.studies.flatness import report as flatness_report
 from hvpfast.studies.flatness.artefacts import artefacts, keep_weights
 from hvpfast.studies.flatness.config import PRESETS, Config, arm
@@ -83,7 +83,8 @@ def experiment(own: Custom, config: Config, data: Data, cell: Cell) -> None:
     make = maker(own, config, data)
     if config.timing_rounds:  # first, while this process works alone
         cell("steps", partial(steps_rows, config, data, make), describe_steps)
-    tasks: list[Task] = [("data", partial(data_rows, own, data), describe_data)]
+    told = partial(describe_data, held_out="held out")
+    tasks: list[Task] = [("data", partial(data_rows, own, data), told)]
     for seed, lam in itertools.product(config.seeds, config.lambda_values):
         work = partial(final_rows, own, config, data, make, lam, seed, cell.path)
         tasks.append((final_key(lam, seed), work, describe_final))
@@ -136,21 +137,15 @@ def final_rows(
     if trained.diverged:
         yield final
         return
-    final |= trained.probes | measures.scores(net.model, data)
-    final |= measures.curvature(config, net, data, seed)
+    final |= trained.probes | measure.scores(net.model, data)
+    final |= measure.curvature(config, net, data, seed)
     final |= own.measure(net.model, data)
     if seed == config.seeds[0]:
         keep_weights(path, arm(lam), net.model)
         if lam in (0.0, config.landscape_lambda):
-            for row in measures.landscape_rows(config, net, data, seed):
+            for row in measure.landscape_rows(config, net, data, seed):
                 yield {"table": "landscape", **filed, **row}
     yield final
-
-
-def describe_data(rows: list[Row]) -> str:
-    """Return the line of progress: the data set and the sizes of its splits."""
-    sizes = "{num_train} train, {num_val} held out, {num_test} test".format(**rows[0])
-    return f"{rows[0]['dataset']}: {sizes}"
 
 
 def describe_steps(rows: list[Row]) -> str:

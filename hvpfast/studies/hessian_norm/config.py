@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvpfast.lab.data.mnist1d import split_sizes
-from hvpfast.lab.runs.config import check_least, check_seeds, rising
-
-Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"]
+from hvpfast.lab.runs.config import Activation, check_least, check_seeds, rising
 
 
 @dataclass(frozen=True)

@@ -109,14 +109,10 @@ def best_of(
 ) -> dict[str, Setting]:
     """Return each arm's setting with the lowest mean validation loss, the first of equals."""
     numbered = [(arm, i, setting) for arm, grid in grids.items() for i, setting in enumerate(grid)]
-    tasks: list[Task] = [
-        (
-            f"{stage}-{arm}-{i:03d}",
-            partial(trial_rows, config, data, stage, arm, i, setting),
-            describe_trial,
-        )
-        for arm, i, setting in numbered
-    ]
+    tasks: list[Task] = []
+    for arm, i, setting in numbered:
+        work = partial(trial_rows, config, data, stage, arm, i, setting)
+        tasks.append((f"{stage}-{arm}-{i:03d}", work, describe_trial))
     losses: dict[str, list[float]] = {arm: [] for arm in grids}
     for (arm, _, _), rows in zip(numbered, cell.together(tasks), strict=True):
         losses[arm].append(mean_loss(rows))
@@ -224,14 +220,10 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
         published.experiment(config, shape_of(config), data, cell)
         return
     settings = tune(config, data, cell)
-    tasks: list[Task] = [
-        (
-            f"torch-{seed:03d}",
-            partial(torch_rows, shape_of(config), data, settings, seed),
-            describe_torch,
-        )
-        for seed in config.torch_seeds
-    ]
+    tasks: list[Task] = []
+    for seed in config.torch_seeds:
+        training = partial(torch_rows, shape_of(config), data, settings, seed)
+        tasks.append((f"torch-{seed:03d}", training, describe_torch))
     for seed in config.seeds:
         for arm, setting in settings.items():
             work = partial(final_rows, config, data, arm, seed, setting)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvpfast.lab.data.mnist1d import split_sizes
-from hvpfast.lab.runs.config import check_least, check_seeds, rising
+from hvpfast.lab.runs.config import Activation, check_least, check_seeds, rising
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Config:
     """part of the train samples that is kept for validation (published: none, test is used)"""
     hidden: tuple[int, ...] = (100,)
     """widths of the hidden layers"""
-    activation: Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus"] = "relu"
+    activation: Activation = "relu"
     """activation of the hidden layers"""
     epochs: int = 20
     """epochs of every training (published: of the final runs)"""

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from hvpfast.lab.data.mnist1d import mnist1d
-from hvpfast.lab.data.splits import Data, fold
+from hvpfast.lab.data.splits import Data, describe_data, fold
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.measure.training import score
 from hvpfast.lab.measure.tuning import Point, minimise
@@ -200,12 +200,6 @@ def data_rows(data: Data) -> Iterator[dict[str, Any]]:
     yield {"table": "linear", **linear_prediction(data)}
 
 
-def describe_data(rows: list[Row]) -> str:
-    """Return the line of progress: the data set and the sizes of its splits."""
-    sizes = "{num_train} train, {num_val} validation, {num_test} test".format(**rows[0])
-    return f"{rows[0]['dataset']}: {sizes}"
-
-
 def describe_trial(rows: list[Row]) -> str:
     """Return the line of progress: arm, learning rate, mean validation loss."""
     row = rows[0]
@@ -241,17 +235,12 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
     """Tune every arm, train every arm from every seed, and measure the proxies."""
     config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
     cell("data", partial(data_rows, data), describe_data)
+    tasks: list[Task] = []
     if config.protocol == "published":
-        cell.together(
-            [
-                (
-                    f"repeat-{arm}-{seed:03d}",
-                    partial(repeat_rows, config, data, arm, seed),
-                    describe_final,
-                )
-                for seed, arm in itertools.product(config.seeds, STUDIED)
-            ]
-        )
+        for seed, arm in itertools.product(config.seeds, STUDIED):
+            repeat = partial(repeat_rows, config, data, arm, seed)
+            tasks.append((f"repeat-{arm}-{seed:03d}", repeat, describe_final))
+        cell.together(tasks)
         return
     cell("cost", partial(time_steps, config, data, ARMS), lambda _: "time of a step of every arm")
     pairs = list(itertools.product(ARMS, range(len(config.learning_rates))))
@@ -265,7 +254,6 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
              for arm in ARMS}  # fmt: skip
     rates = {arm: best_rate(arm, found[arm]) for arm in ARMS}
     speed = {arm: fastest_rate(found[arm]) for arm in ARMS}
-    tasks: list[Task] = []
     for seed, arm in itertools.product(config.seeds, ARMS):
         stream = ("final", seed)
         work = partial(final_rows, config, data, arm, seed, rates[arm], stream, speed[arm])

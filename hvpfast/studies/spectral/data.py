@@ -7,7 +7,6 @@ the Hessian is zero. Digits at 28x28 are interpolated from 8x8, so that r is bel
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.lab.data.datasets import load_digits, resized
+from hvpfast.lab.data.datasets import load_digits, made, resized
 from hvpfast.lab.data.image_files import load_mnist
 from hvpfast.lab.data.splits import Arrays, Data, three_way
 from hvpfast.lab.measure.training import Diverged
@@ -48,12 +47,7 @@ def load_synthetic(num_train: int = 60_000, num_test: int = 10_000, seed: int = 
     x = np.concatenate([resized(part, 28) for part in np.array_split(coarse, 1 + num // 5000)])
     x += np.float32(0.25) * random.standard_normal(x.shape, np.float32)
     pixels = np.clip(np.rint(120 * (x - 0.4)), 0, 255).astype(np.uint8)
-    digest = hashlib.sha256(pixels.tobytes() + y.tobytes()).hexdigest()[:16]
-    train, test = slice(None, num_train), slice(num_train, None)
-    check = f"made here, SHA-256 {digest}..."
-    return Arrays(
-        "synthetic", pixels[train], y[train], pixels[test], y[test], NUM_CLASSES, check, 255.0
-    )
+    return made("synthetic", pixels, y, num_train, NUM_CLASSES, 255.0)
 
 
 def load(config: Config) -> Data:

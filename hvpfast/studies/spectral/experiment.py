@@ -35,12 +35,10 @@ from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.lab.runs.run import Study
 from hvpfast.lab.runs.run import run as run_study
-from hvpfast.studies.spectral import artefacts as spectral_files
-from hvpfast.studies.spectral import data as spectral_data
-from hvpfast.studies.spectral import measure as spectral_measures
-from hvpfast.studies.spectral import train as spectral_training
+from hvpfast.studies.spectral import artefacts as files
+from hvpfast.studies.spectral import measure, train
 from hvpfast.studies.spectral.config import PRESETS, SWEEPS, Config
-from hvpfast.studies.spectral.data import Problem
+from hvpfast.studies.spectral.data import NUM_CLASSES, NUM_INPUTS, Problem, load
 from hvpfast.studies.spectral.figures import figures
 from hvpfast.studies.spectral.findings import by_index, findings
 from hvpfast.studies.spectral.report import QUESTION, headline, report
@@ -49,9 +47,9 @@ from hvpfast.utils.files import SCRATCH
 
 def engine(config: Config) -> dict[str, str]:
     """Return the facts that decide the numbers (see `engine_of`), and what will be written."""
-    sizes = (spectral_data.NUM_INPUTS, *config.hidden, spectral_data.NUM_CLASSES)
+    sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
     spec = hf.MLPSpec(sizes, activation="sigmoid")
-    return {**engine_of(config, spec), "writes": spectral_files.size_text(config)}
+    return {**engine_of(config, spec), "writes": files.size_text(config)}
 
 
 # cells
@@ -96,7 +94,7 @@ def data_rows(config: Config, problem: Problem) -> Iterator[dict[str, Any]]:
         "rank": problem.rank if problem.Q is not None else None,
         "num_reduced": problem.reduced.num_params,
         "majority": float((counts / counts.sum()).max()),
-        "writes": spectral_files.size_text(config),
+        "writes": files.size_text(config),
         "backend": config.backend,
     }
     yield {"table": "trivial", "predictor": "class frequencies", **constant_prediction(data)}
@@ -107,17 +105,17 @@ def train_rows(
     indices: list[int],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Train a window of a sweep from where the one before ended; keep the parameters."""
-    keep = spectral_files.state_path
+    keep = files.state_path
     if before is None or sweep == "fresh":
-        flat = spectral_training.start(config, problem)
+        flat = train.start(config, problem)
     else:
-        flat = spectral_files.read_state(keep(config, folder, sweep, before), problem.spec)
+        flat = files.read_state(keep(config, folder, sweep, before), problem.spec)
     begin = time.perf_counter()
-    for row, found in spectral_training.chain(config, problem, flat, indices, sweep):
-        yield spectral_measures.timing(f"fit-{row['index']}", begin)
+    for row, found in train.chain(config, problem, flat, indices, sweep):
+        yield measure.timing(f"fit-{row['index']}", begin)
         if sweep == config.sweep or row["index"] == indices[-1]:
             path = keep(config, folder, sweep, int(row["index"]))
-            spectral_files.keep_state(path, problem.spec, found)
+            files.keep_state(path, problem.spec, found)
         yield row
         begin = time.perf_counter()
 
@@ -168,21 +166,15 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
             and min((solved + 1) * config.group, len(config.chosen)) <= k * config.window
         ):
             before = groups[solved - 1][-1] if solved else None
-            work = partial(
-                spectral_measures.eigen_rows, config, problem, folder, before, groups[solved]
-            )
+            work = partial(measure.eigen_rows, config, problem, folder, before, groups[solved])
             tasks.append((f"eigen-{solved:03d}", work, describe_eigen))
             solved += 1
         cell.together(tasks)
-    tasks = [
-        (
-            f"density-{i:03d}",
-            partial(spectral_measures.density_rows, config, problem, folder, i),
-            describe_density,
-        )
-        for i in config.indices
-        if i in config.density
-    ]
+    tasks = []
+    for i in config.indices:
+        if i in config.density:
+            work = partial(measure.density_rows, config, problem, folder, i)
+            tasks.append((f"density-{i:03d}", work, describe_density))
     cell.together(tasks)
 
 
@@ -191,7 +183,7 @@ def artefacts(folder: Path, records: list[Row]) -> None:
     for part in folder.glob(f"*/{SCRATCH}*"):
         part.unlink(missing_ok=True)
     rows = table(records, "train", sweep=records[0]["sweep"])
-    spectral_files.keep_metrics(records[0], folder, by_index(rows).values())
+    files.keep_metrics(records[0], folder, by_index(rows).values())
 
 
 STUDY: Study[Config, Data] = Study(
@@ -201,7 +193,7 @@ STUDY: Study[Config, Data] = Study(
     presets=PRESETS,
     packages=("matplotlib",),
     engine=engine,
-    load=spectral_data.load,
+    load=load,
     plan=plan,
     experiment=experiment,
     figures=figures,
