@@ -19,7 +19,8 @@ from hvpfast.lab.measure import tuning
 from hvpfast.lab.measure.curvature import curvature, exact_curvature
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.measure.training import Diverged, linearize
-from hvpfast.lab.report import compare, words
+from hvpfast.lab.report import words
+from hvpfast.lab.report.compare import compare, holm_correct
 from hvpfast.lab.report.statistics import (
     NUM_FLIPS,
     bootstrap_interval,
@@ -203,12 +204,12 @@ def test_compare_says_lower_higher_or_no_evidence() -> None:
     rng = np.random.default_rng(1)
     base = rng.uniform(1, 2, 8)
     noise = rng.normal(0, 0.01, 8)
-    verdicts = [compare.compare(base, base + shift + noise)["verdict"] for shift in (-0.1, 0, 0.1)]
+    verdicts = [compare(base, base + shift + noise)["verdict"] for shift in (-0.1, 0, 0.1)]
     assert verdicts == ["lower", "no evidence of a difference", "higher"]
-    third = compare.compare(base, base / 3, ratio=True)
+    third = compare(base, base / 3, ratio=True)
     assert (third["kind"], third["verdict"]) == ("ratio", "lower")
     assert third["mean"] == pytest.approx(1 / 3)
-    assert compare.compare([1.0, -1.0], [1.0, 1.0], ratio=True)["kind"] == "difference"
+    assert compare([1.0, -1.0], [1.0, 1.0], ratio=True)["kind"] == "difference"
 
 
 def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
@@ -216,21 +217,21 @@ def test_holm_correction_of_comparisons_keeps_their_direction() -> None:
     base = rng.uniform(1, 2, 12)
     pairs = {name: base + shift + rng.normal(0, 0.01, 12) for name, shift in
              (("less", -0.1), ("more", 0.1), ("same", 0.0))}  # fmt: skip
-    found = compare.holm_correct({k: compare.compare(base, v) for k, v in pairs.items()})
+    found = holm_correct({k: compare(base, v) for k, v in pairs.items()})
     assert [found[k]["verdict_holm"] for k in pairs] == [
         "lower", "higher", "no evidence of a difference"
     ]  # fmt: skip
     assert found["less"]["p_holm"] == pytest.approx(3 * found["less"]["p"])
-    half = compare.compare(base, base / 2, ratio=True)
-    assert compare.holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
+    half = compare(base, base / 2, ratio=True)
+    assert holm_correct({"a": half})["a"]["verdict_holm"] == "lower"
     assert words.interval(half, "boot_").startswith("[×0.5")
 
 
 def test_p_values_that_were_drawn_are_bounds() -> None:
-    many, few = compare.compare([0.0] * 50, [1.0] * 50), compare.compare([0.0] * 9, [1.0] * 9)
+    many, few = compare([0.0] * 50, [1.0] * 50), compare([0.0] * 9, [1.0] * 9)
     assert words.p_value(many) == "≤ 1e-05"
     assert words.p_value(few) == "0.0039"
-    assert words.p_value(compare.compare([1.0], [2.0])) == "–"
+    assert words.p_value(compare([1.0], [2.0])) == "–"
 
 
 def test_words_for_numbers() -> None:

@@ -17,7 +17,7 @@ NUM_FLIPS = 99_999
 NUM_RESAMPLES = 10_000
 """Resamples of the bootstrap."""
 SEED = 20_260
-"""Of the bootstrap and of the random sign patterns: the same differences give the same numbers."""
+"""Seed of the bootstrap and of the random sign patterns, so that equal differences give equal p."""
 
 Array = npt.NDArray[np.float64]
 
@@ -39,7 +39,7 @@ class Paired:
     p: float | None
     """Of flipping the signs of the differences, two-sided."""
     p_resolution: float | None
-    """The smallest p that could have come out: 2 / 2^n counted exactly, else of the draws."""
+    """The smallest possible p: 2 / 2^n where all patterns are counted, else 1 / (draws + 1)."""
     level: float
 
     @property

@@ -19,7 +19,7 @@ FILTERS = (
 def table(
     names: Sequence[str], lines: Iterable[Sequence[str]], words_in: Sequence[str] = ()
 ) -> str:
-    """Return a table: numbers are to the right; the first column and those in `words_in` not."""
+    """Return a table, numbers to the right; the first column and those in `words_in` are not."""
     return "\n".join([words.table_head(names, words_in), *(words.table_line(*l) for l in lines)])
 
 

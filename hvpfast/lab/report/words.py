@@ -13,7 +13,7 @@ NONE = "–"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a number as the reports print it."""
+    """Return a number with so many significant digits; with a power of ten if tiny or huge."""
     if value is None:
         return NONE
     if value and not 1e-5 <= abs(value) < 1e5:
@@ -45,14 +45,14 @@ def effect(found: Mapping[str, Any]) -> str:
 
 
 def interval(found: Mapping[str, Any], prefix: str = "") -> str:
-    """Return Student's interval of a `compare` in brackets; with "boot_" the bootstrap's."""
+    """Return Student's interval of a `compare` in brackets, or with "boot_" the bootstrap's."""
     low, high = (found[prefix + end] for end in ("low", "high"))
     kind = found["kind"]
     return NONE if low is None else f"[{change(low, kind)}, {change(high, kind)}]"
 
 
 def p_value(found: Mapping[str, Any], name: str = "p") -> str:
-    """Return a p value of a `compare`; the smallest that random sign patterns give is a bound."""
+    """Return a p value of a `compare`; a bound if it is the smallest that random signs can give."""
     value = found[name]
     drawn = found["n"] > MAX_EXACT_PAIRS and value is not None and value <= found["p_resolution"]
     return "≤ " * drawn + number(value, 2)
@@ -69,13 +69,13 @@ def table_line(*cells: str) -> str:
 
 
 def table_head(names: Sequence[str], words: Sequence[str] = ()) -> str:
-    """Return the head of a table: numbers are to the right; the first column and `words` not."""
+    """Return the head of a table, numbers to the right; the first column and `words` are not."""
     dashes = ["---" if i == 0 or n in words else "---:" for i, n in enumerate(names)]
     return f"{table_line(*names)}\n{table_line(*dashes)}"
 
 
 def wrap(markdown: str, width: int = 100) -> str:
-    """Return the Markdown with its paragraphs and list items wrapped; tables and headings pass."""
+    """Return the Markdown with paragraphs and list items wrapped, other lines as they are."""
     lines: list[str] = []
     for line in markdown.splitlines():
         joins = bool(lines and lines[-1] and line) and not line.startswith(("- ", "|", "#", "!"))
