@@ -20,7 +20,7 @@ from hvpfast.lab.measure.curvature import curvature, exact_curvature
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.measure.training import Diverged, linearize
 from hvpfast.lab.report import words
-from hvpfast.lab.report.compare import compare, holm_correct
+from hvpfast.lab.report.comparison import compare, holm_correct
 from hvpfast.lab.report.statistics import (
     NUM_FLIPS,
     bootstrap_interval,

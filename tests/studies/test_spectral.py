@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import hvpfast as hf
 from hvpfast.lab.data.splits import Split
-from hvpfast.lab.report.compare import table
+from hvpfast.lab.report.records import table
 from hvpfast.lab.runs.config import field_docs
 from hvpfast.lab.runs.folder import StudyError, read_rows
 from hvpfast.studies.spectral import artefacts as spectral_files

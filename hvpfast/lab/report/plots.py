@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hvpfast.lab.report.compare import by_seed, table
+from hvpfast.lab.report.records import by_seed, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.utils import plotting
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.lab.report.compare import facts, table
+from hvpfast.lab.report.records import facts, table
 from hvpfast.lab.runs.folder import Row, RunFolder, StudyError, write_whole
 from hvpfast.studies.flatness.findings import findings, grids
 from hvpfast.studies.flatness.report import report

@@ -10,12 +10,8 @@ import torch
 
 from hvpfast.analysis import landscape
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import (
-    LEVEL,
-    by_seed,
-    known,
-    table,
-)
+from hvpfast.lab.report.comparison import LEVEL
+from hvpfast.lab.report.records import by_seed, known, table
 from hvpfast.lab.report.words import count, percent
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.flatness.findings import BASELINE, compared, flat_measure, grids, with_curves

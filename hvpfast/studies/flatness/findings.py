@@ -11,16 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from hvpfast.lab.report.compare import (
-    LEVEL,
-    by_seed,
-    compare,
-    facts,
-    holm_correct,
-    known,
-    summary,
-    table,
-)
+from hvpfast.lab.report.comparison import LEVEL, compare, holm_correct, summary
+from hvpfast.lab.report.records import by_seed, facts, known, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.flatness.measure import rights
 from hvpfast.studies.flatness.timing import METHODS

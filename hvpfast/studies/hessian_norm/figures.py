@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hvpfast.lab.report import plots
-from hvpfast.lab.report.compare import LEVEL, grid_values, known, table
+from hvpfast.lab.report.comparison import LEVEL
+from hvpfast.lab.report.records import grid_values, known, table
 from hvpfast.lab.report.words import count, percent
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared

@@ -8,16 +8,8 @@ from math import fsum
 from statistics import fmean, median
 from typing import Any
 
-from hvpfast.lab.report.compare import (
-    LEVEL,
-    compare_arms,
-    facts,
-    first_facts,
-    grid_values,
-    holm_correct,
-    summary,
-    table,
-)
+from hvpfast.lab.report.comparison import LEVEL, compare_arms, holm_correct, summary
+from hvpfast.lab.report.records import facts, first_facts, grid_values, table
 from hvpfast.lab.runs.folder import Row
 
 QUESTION = (

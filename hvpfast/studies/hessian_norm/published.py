@@ -21,7 +21,8 @@ import numpy as np
 
 from hvpfast.lab.data.splits import Data, fold
 from hvpfast.lab.report import plots, words
-from hvpfast.lab.report.compare import LEVEL, by_seed, compare_arms, first_facts, summary, table
+from hvpfast.lab.report.comparison import LEVEL, compare_arms, summary
+from hvpfast.lab.report.records import by_seed, first_facts, table
 from hvpfast.lab.report.template import render
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task

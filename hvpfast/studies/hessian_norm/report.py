@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvpfast.lab.report.compare import grid_values
+from hvpfast.lab.report.records import grid_values
 from hvpfast.lab.report.template import render, render_lines
 from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, MEASURES, QUESTION
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvpfast.lab.report import plots, words
-from hvpfast.lab.report.compare import LEVEL, by_seed, known, table
+from hvpfast.lab.report.comparison import LEVEL
+from hvpfast.lab.report.records import by_seed, known, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.lr_adaptation import findings
 from hvpfast.studies.lr_adaptation.findings import ARMS, CLAIMS, STUDIED

@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from hvpfast.lab.report.compare import (
-    LEVEL,
-    by_seed,
-    compare,
-    compare_arms,
-    first_facts,
-    grid_values,
-    holm_correct,
-    summary,
-    table,
-)
+from hvpfast.lab.report.comparison import LEVEL, compare, compare_arms, holm_correct, summary
+from hvpfast.lab.report.records import by_seed, first_facts, grid_values, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.lr_adaptation.measure import ADAMS, PROXIES
 

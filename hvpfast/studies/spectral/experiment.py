@@ -29,7 +29,7 @@ import torch
 import hvpfast as hf
 from hvpfast.lab.data.splits import Data
 from hvpfast.lab.measure.predictors import constant_prediction
-from hvpfast.lab.report.compare import table
+from hvpfast.lab.report.records import table
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpfast.lab.report.compare import table
 from hvpfast.lab.report.plots import COLORS, INK, MUTED, label, legend, new_figure
+from hvpfast.lab.report.records import table
 from hvpfast.lab.report.words import number
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.spectral.findings import by_index, gap

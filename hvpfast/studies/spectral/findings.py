@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from hvpfast.lab.report.compare import facts, table
+from hvpfast.lab.report.records import facts, table
 from hvpfast.lab.runs.folder import Row
 
 OUTLIERS = 20
