@@ -2,8 +2,8 @@
 
     python3 small.py BACKEND DEVICE [EVERY]     with EVERY = 3: each third of the cases
 
-Results are held against torch.func on the CPU, so that a tool that changes the timing of blocks
-also shows whether the numbers depend on it, and watches few kernels but ours.
+Results are compared with torch.func on the CPU. So a tool that changes the timing of blocks shows
+whether the numbers depend on it, and it watches few kernels but ours.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Cell:
                 found.update(status="wrong", reason=wrong)
                 return
             found.update(status="checked", median_s=timing.estimate(form.call, form.clock))
-        except Exception as error:  # a form that breaks is reported, and the run goes on
+        except Exception as error:  # a form that breaks is reported; the others are still run
             found.update(record.failure(error))
             return
         self._ready[key] = form, group
@@ -133,7 +133,7 @@ class Cell:
 
         Args:
             rounds: rounds, each with one turn per form.
-            tick: told the number of rounds done.
+            tick: called after every round with the number of rounds done.
         """
         disturbance = timing.Disturbance()
         times = timing.interleave(
