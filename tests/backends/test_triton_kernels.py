@@ -119,7 +119,7 @@ def test_activations_far_out(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("seed", "first"), [(0xFEDCBA9876543210, 7), (1, 2**32 - 4), (16, 0)])
 def test_probes_are_bit_equal(distribution: str, dtype: torch.dtype, seed: int, first: int) -> None:
     """Of two models, also with a probe in common; numbered by the host or on the device."""
-    from hvpfast.backends.probes.triton import draw
+    from hvpfast.backends.probes.triton import draw_by_triton as draw
 
     counter = torch.tensor(first, device=DEVICE)
     for P, stride, start in ((1, None, first), (1037, None, counter), (300, 1, first)):

@@ -1,9 +1,13 @@
-"""Probes drawn: by the compiled generator, by a GPU for itself, or by NumPy; the same bits each."""
+"""Probes drawn by the fastest that can: a GPU for itself, the compiled generator, or NumPy.
+
+All give the same bits.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +72,8 @@ def probe_rows(
         raise ValueError(f"num_params must be an integer >= 0; got {num_params!r}")
     if not dtype.is_floating_point:
         raise TypeError(f"probes need a floating-point dtype; got {dtype}")
-    if (there := _drawn_there(source, 0, 1, num_params, dtype, device)) is not None:
-        return there[0]
-    if _cpu is None or dtype not in _KERNEL_DTYPES or num_params == 0:
-        rows = torch.from_numpy(numpy_rows(source, num_params)).to(device=device, dtype=dtype)
-        return rows if out is None else out.copy_(rows)
-    rows = torch.empty(source.num_probes, num_params, dtype=dtype) if out is None else out
-    _draw(source, 0, rows.unsqueeze(0))
-    return rows.to(device)
+    given = None if out is None else out.unsqueeze(0)
+    return _rows(source, 0, 1, num_params, dtype, device, given)[0]
 
 
 def probes_of_models(
@@ -91,49 +89,43 @@ def probes_of_models(
 
     They are written to ``out`` where it is given; they are drawn where :func:`probe_rows` draws.
     """
-    firsts = [source.first + m * stride for m in range(num_models)]
-    ProbeSource(source.num_probes, source.distribution, source.seed, firsts[-1])  # in range
-    there = _drawn_there(source, stride, num_models, num_params, dtype, device)
-    if there is not None:
-        return there
-    if _cpu is None or dtype not in _KERNEL_DTYPES:
-        sources = [replace(source, first=first) for first in firsts]
-        drawn = torch.stack([probe_rows(s, num_params, dtype, device) for s in sources])
-        return drawn if out is None else out.copy_(drawn)
-    shape = num_models, source.num_probes, num_params
-    rows = torch.empty(shape, dtype=dtype) if out is None else out
-    _draw(source, stride, rows)
-    return rows.to(device)
+    _of_model(source, stride, num_models - 1)  # raises where its probes are out of range
+    return _rows(source, stride, num_models, num_params, dtype, device, out)
 
 
-def _drawn_there(
+def _of_model(source: ProbeSource, stride: int, m: int) -> ProbeSource:
+    return replace(source, first=source.first + m * stride)
+
+
+def _rows(
     source: ProbeSource,
     stride: int,
     num_models: int,
     num_params: int,
     dtype: torch.dtype,
     device: torch.device | str | None,
-) -> Tensor | None:
-    """Rows (M, K, P) drawn by the GPU that they are for; None where it is none, or cannot."""
-    if device is None or torch.device(device).type != "cuda" or dtype not in _KERNEL_DTYPES:
-        return None
-    device = torch.device(device)
-    if not kernels_run_on(device):
-        return None
-    return rows_of_models(source, stride, num_models, num_params, dtype, device)
-
-
-def _draw(source: ProbeSource, stride: int, rows: Tensor) -> None:
-    """Write rows (M, K, P), float32 or float64 on the CPU, with the compiled generator."""
-    num_models, num_probes, num_params = rows.shape
+    out: Tensor | None,
+) -> Tensor:
+    """Rows (M, K, P) by the GPU that they are for, the compiled generator, or NumPy."""
+    compiled = dtype in _KERNEL_DTYPES
+    if compiled and device is not None and kernels_run_on(there := torch.device(device)):
+        return rows_of_models(source, stride, num_models, num_params, dtype, there)
+    if _cpu is None or not compiled:
+        sources = [_of_model(source, stride, m) for m in range(num_models)]
+        drawn = np.stack([numpy_rows(own, num_params) for own in sources])
+        rows = torch.from_numpy(drawn).to(device=device, dtype=dtype)
+        return rows if out is None else out.copy_(rows)
+    shape = num_models, source.num_probes, num_params
+    rows = torch.empty(shape, dtype=dtype) if out is None else out
     _cpu.draw(
-        source.distribution, source.seed, source.first, stride, num_models, num_probes, 0,
-        num_params, rows.data_ptr(), rows.dtype is torch.float64, torch.get_num_threads(),
+        source.distribution, source.seed, source.first, stride, num_models, source.num_probes, 0,
+        num_params, rows.data_ptr(), dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
+    return rows.to(device)
 
 
 def kernels_run_on(device: torch.device) -> bool:
-    """Whether Triton's kernels draw on a device."""
+    """Whether the device is a GPU on which Triton's kernels draw."""
     return (
         device.type == "cuda"
         and triton_launch.unavailable() is None
@@ -149,14 +141,14 @@ def rows_of_models(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Rows (M, K, P): model m has the K probes of the seed from ``first + m stride`` on.
+    """What :func:`probes_of_models` returns, on a device where the kernels run.
 
-    On a device where the kernels run; float32 and float64.
+    The dtype is float32 or float64.
     """
-    from hvpfast.backends.probes.triton import draw as draw_rows
+    from hvpfast.backends.probes.triton import draw_by_triton
 
     rows = torch.empty(num_models, source.num_probes, num_params, dtype=dtype, device=device)
-    draw_rows(rows, source.distribution, source.seed, source.first, stride)
+    draw_by_triton(rows, source.distribution, source.seed, source.first, stride)
     return rows
 
 
@@ -170,8 +162,8 @@ def draw(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
         first: 0-dim int64 on the device of ``out``; first + K <= 2**32.
     """
     if kernels_run_on(out.device):
-        from hvpfast.backends.probes.triton import draw as draw_rows
+        from hvpfast.backends.probes.triton import draw_by_triton
 
-        draw_rows(out.unsqueeze(0), distribution, seed, first)
+        draw_by_triton(out.unsqueeze(0), distribution, seed, first)
     else:
         draw_by_torch(out, distribution, seed, first)

@@ -1,7 +1,8 @@
-"""Probes by torch operations, on any device.
+"""Probes by torch operations, on any device: the bits of ``numpy.py``.
 
-For a CUDA graph the number of the first probe lies on the device, so that every replay draws new
-ones. Integers are int64, everything after them is float32, one rounding each.
+The number of the first probe lies on the device, so that every replay of a CUDA graph draws new
+probes. Words are int64, everything after them is float32 arithmetic; each product and each sum is
+rounded on its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _MASK = 0xFFFFFFFF
 
 
 def draw_by_torch(out: Tensor, distribution: str, seed: int, first: Tensor) -> None:
-    """:func:`draw` by torch operations, on any device."""
+    """Write probes ``first`` ... ``first + K - 1`` of a seed into rows, as ``draw.draw`` does."""
     K, P = out.shape
     rademacher = distribution == "rademacher"
     blocks = -(-P // (128 if rademacher else 4))
@@ -39,6 +40,7 @@ def _words(blocks: int, probes: Tensor, stream: int, seed: int) -> Tensor:
 
 
 def _signs(words: Tensor) -> Tensor:
+    """Bits to signs (.., 4, 32): +1 where the bit is clear, -1 where it is set."""
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
     return 1.0 - 2.0 * bits.float()
 
@@ -51,6 +53,7 @@ def _normal(words: Tensor) -> Tensor:
 
 
 def _horner(t: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """The polynomial by Horner's rule, highest coefficient first; two roundings a step."""
     p = torch.full_like(t, coefficients[0])
     for c in coefficients[1:]:
         p = p * t
@@ -70,8 +73,9 @@ def _radius(words: Tensor) -> Tensor:
     cubic, square = t * (f * _horner(f, LOG_COEFFICIENTS)), -0.5 * t
     log_m = f + (cubic + square)
     scaled = (24 - e).float() * 0.693147180559945
-    # In float64, then rounded: not every float32 square root is the correctly rounded one.
-    return (2.0 * (scaled - log_m).clamp_min(0.0)).double().sqrt().float()
+    minus_log_u = scaled - log_m
+    # The root is taken in float64 and rounded: not every float32 root is correctly rounded.
+    return (2.0 * minus_log_u.clamp_min(0.0)).double().sqrt().float()
 
 
 def _cos_sin(words: Tensor) -> tuple[Tensor, Tensor]:

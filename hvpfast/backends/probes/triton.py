@@ -1,9 +1,10 @@
-"""Probes drawn on the device: the bits of csrc/common/probes.h, whatever the grid.
+"""Probes by Triton kernels, on a GPU: the bits of ``numpy.py``, whatever the grid.
 
-Compiled without contraction of products and sums, so that normal draws are bit-equal everywhere.
-They are written once by a kernel of their own, not made anew in the products' tiles: an entry of V
-is used in several tiles and passes. Reading it again takes a quarter of an instruction; its share
-of the Philox blocks that a tile's rows touch, and its transformation, take ten to forty.
+Everything after the words is float32 arithmetic, compiled without contraction: each product and
+each sum is rounded on its own. A kernel of its own writes probes once; the tiles of the products
+do not draw them again. An entry of V is used in several tiles and passes: reading it takes a
+quarter of an instruction, its share of the Philox blocks that a tile's rows touch and its
+transformation take ten to forty.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ BLOCKS = 32  # counters of one program
 _NUMBERS = ["first", "K", "stride", "seed_low", "seed_high"]
 
 
-def draw(
+def draw_by_triton(
     out: Tensor, distribution: str, seed: int, first: int | Tensor, stride: int | None = None
 ) -> None:
     """Write rows (M, K, P), contiguous: probe k of model m is first + m stride + k of the seed.
 
-    ``first`` is a number, or 0-dim int64 on the device, for a recorded CUDA graph to read anew at
-    every replay. ``stride`` None: K, the models' probes one model after the other.
+    ``first`` is a number, or 0-dim int64 on the device, which a recorded CUDA graph reads at every
+    replay. ``stride`` None is K: the probes of one model follow those of the model before.
     """
     M, K, P = out.shape
     kernel, per_block = {"rademacher": (draw_rademacher, 128), "normal": (draw_normal, 4)}[
@@ -46,7 +47,7 @@ def _signed(word: int) -> int:
 
 @triton.jit
 def _number(row, counter, first, K, stride):
-    """The number of the probe in a row of all models', modulo 2^32."""
+    """The number of the probe, modulo 2^32, in a row of out (M K, P)."""
     number = row // K * stride + row % K + first
     if counter is not None:
         number += tl.load(counter)
@@ -82,16 +83,16 @@ def draw_rademacher(
 
 
 @triton.jit
-def _normal_pair(w0, w1):
-    """Two independent normal numbers from 24 bits each of two words (Box and Muller 1958)."""
-    x = ((w0 >> 8) + 1).to(tl.float32)  # u = x / 2^24 in (0, 1]
+def _radius(words):
+    """sqrt(-2 log u) for u = ((w >> 8) + 1) / 2^24 in (0, 1]."""
+    x = ((words >> 8) + 1).to(tl.float32)
     bits = x.to(tl.uint32, bitcast=True)
     e = (bits >> 23).to(tl.int32) - 127
     m = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    high = m > 1.41421356
-    m = tl.where(high, m * 0.5, m)
-    e = tl.where(high, e + 1, e)
-    f = m - 1.0  # log(1 + f), Cephes logf
+    large = m > 1.41421356
+    m = tl.where(large, m * 0.5, m)
+    e = tl.where(large, e + 1, e)
+    f = m - 1.0
     t = f * f
     p = 7.0376836292e-2 * f + -1.1514610310e-1
     p = p * f + 1.1676998740e-1
@@ -103,28 +104,39 @@ def _normal_pair(w0, w1):
     p = p * f + 3.3333331174e-1
     log_m = f + (t * (f * p) + -0.5 * t)
     minus_log_u = (24 - e).to(tl.float32) * 0.693147180559945 - log_m
-    r = tl.sqrt_rn(2.0 * tl.maximum(minus_log_u, 0.0))
+    return tl.sqrt_rn(2.0 * tl.maximum(minus_log_u, 0.0))
 
-    v = (w1 >> 8).to(tl.int32)  # angle 2 pi v / 2^24: a quadrant and a rest in [-pi/4, pi/4)
+
+@triton.jit
+def _cos_sin(words):
+    """Cosine and sine of 2 pi (w >> 8) / 2^24, reduced exactly to [-pi/4, pi/4]."""
+    v = (words >> 8).to(tl.int32)
     quadrant = (v + (1 << 21)) >> 22
-    angle = (v - (quadrant << 22)).to(tl.float32) * 3.7450704e-07
-    a2 = angle * angle
-    s = -1.9515295891e-4 * a2 + 8.3321608736e-3  # Cephes sinf, cosf
-    s = s * a2 + -1.6666654611e-1
-    s = s * a2
-    s = s * angle
-    s = s + angle
-    c = 2.443315711809948e-5 * a2 + -1.388731625493765e-3
-    c = c * a2 + 4.166664568298827e-2
-    c = c * a2
-    c = c * a2
-    c = c - 0.5 * a2
+    t = (v - (quadrant << 22)).to(tl.float32) * 3.7450704e-07
+    t2 = t * t
+    s = -1.9515295891e-4 * t2 + 8.3321608736e-3
+    s = s * t2 + -1.6666654611e-1
+    s = s * t2
+    s = s * t
+    s = s + t
+    c = 2.443315711809948e-5 * t2 + -1.388731625493765e-3
+    c = c * t2 + 4.166664568298827e-2
+    c = c * t2
+    c = c * t2
+    c = c - 0.5 * t2
     c = c + 1.0
     swap = (quadrant & 1) != 0
-    cosine, sine = tl.where(swap, s, c), tl.where(swap, c, s)
-    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quadrant & 2) != 0, -sine, sine)
-    return r * cosine, r * sine
+    cos, sin = tl.where(swap, s, c), tl.where(swap, c, s)
+    cos = tl.where(((quadrant + 1) & 2) != 0, -cos, cos)
+    return cos, tl.where((quadrant & 2) != 0, -sin, sin)
+
+
+@triton.jit
+def _normal_pair(w0, w1):
+    """Two independent normal numbers from 24 bits each of two words (Box and Muller 1958)."""
+    radius = _radius(w0)
+    cos, sin = _cos_sin(w1)
+    return radius * cos, radius * sin
 
 
 @triton.jit(do_not_specialize=_NUMBERS)

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hvpfast.backends.probes.triton import draw
+from hvpfast.backends.probes.triton import draw_by_triton
 from hvpfast.backends.triton.activations import JETS
 from hvpfast.backends.triton.linearization import Linearization
 from hvpfast.backends.triton.penalty import Penalty
@@ -103,8 +103,8 @@ def launches(problem: Problem, dtype: torch.dtype) -> list[Launch]:
             hvp_vjp(lin, tangents, tangents, ggn)
             Penalty(lin, tangents, ggn).gradient(1.0, 1.0)
         for distribution in ("rademacher", "normal"):
-            draw(tangents, distribution, 0, 0)
-            draw(tangents, distribution, 0, torch.empty((), dtype=torch.int64, device="meta"))
+            for first in (0, torch.empty((), dtype=torch.int64, device="meta")):
+                draw_by_triton(tangents, distribution, 0, first)
     return recorded
 
 

@@ -168,14 +168,14 @@ class TritonModelsState:
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
         """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
-        from hvpfast.backends.probes.triton import draw
+        from hvpfast.backends.probes.triton import draw_by_triton
         from hvpfast.backends.triton.penalty import Penalty
 
         K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
         with self._running("penalty", K):
             if isinstance(probes, ProbeSource):
                 source, probes = probes, self._lin.empty(self._lin.M, K, self._lin.P)
-                draw(probes, source.distribution, source.seed, source.first)
+                draw_by_triton(probes, source.distribution, source.seed, source.first)
             penalty = Penalty(self._lin, probes, ggn)
         return TritonModelsPenalty(self, penalty)
 
