@@ -210,7 +210,7 @@ class CurvatureOperator(LinearOperator):
 
     def quadratic_form(self, tangents: Tensor) -> Tensor:
         """``v' A v`` without forming ``A v``: 0-dim for (P,), (K,) for columns (P, K)."""
-        rows = matrix_rows(tangents, 0, self.num_params, self.dtype, self.device)
+        rows = matrix_rows(tangents, 0, self._size, self._dtype, self._device)
         group = self.linearized.group
         if group is None:
             out = self._own_quadratic(rows)

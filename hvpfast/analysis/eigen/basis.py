@@ -23,14 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hvpfast.analysis.eigen.ritz import eigh
+from hvpfast.analysis.eigen.ritz import Array, eigh
 
 __all__ = ["Basis"]
-
-Array = NDArray[np.float64]
 
 NOISE = 0.25  # a direction of length 1 that a later pass makes shorter than this was rounding
 SMALL = 1e-3  # components of rows of length 1 after whose removal no further pass is needed

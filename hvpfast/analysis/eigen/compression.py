@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hvpfast.analysis.eigen.ritz import Array
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.mlp.module import MLP
@@ -30,8 +30,6 @@ from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.operators.objective import MLPObjective
 
 __all__ = ["CompressedOperator", "NotCompressibleError", "compress"]
-
-Array = NDArray[np.float64]
 
 ROUNDING = 8.0  # times eps, relative to the longest input: the part of an input to leave out
 

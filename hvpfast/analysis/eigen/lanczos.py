@@ -18,18 +18,15 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hvpfast.analysis.eigen.basis import Basis
-from hvpfast.analysis.eigen.ritz import eigh, order_of
+from hvpfast.analysis.eigen.ritz import Array, eigh, order_of
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products, at_least_single
 
 __all__ = ["Lanczos"]
-
-Array = NDArray[np.float64]
 
 NEGLIGIBLE = 4.0  # times eps ||A||: a shorter remainder of a product is rounding
 

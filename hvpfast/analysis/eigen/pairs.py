@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvpfast.analysis.eigen.lanczos import Lanczos
-from hvpfast.analysis.eigen.ritz import wanted
+from hvpfast.analysis.eigen.ritz import Array, wanted
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products
 
 __all__ = ["Pairs", "find_pairs"]
-
-Array = NDArray[np.float64]
 
 RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
 

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["WHICH", "eigh", "order_of", "wanted"]
+__all__ = ["WHICH", "Array", "eigh", "order_of", "wanted"]
 
+Array = NDArray[np.float64]
 WHICH = ("LM", "LA", "SA", "BE")
 
 
-def eigh(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def eigh(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues (m,), rising, and eigenvectors (m, m), columns, of a symmetric matrix.
 
     By torch, whose number of threads the caller sets: NumPy's threads wait actively for cores that
@@ -21,7 +22,7 @@ def eigh(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.f
     return values.numpy(), vectors.numpy()
 
 
-def order_of(values: NDArray[np.float64], which: str) -> NDArray[np.intp]:
+def order_of(values: Array, which: str) -> NDArray[np.intp]:
     """Indices of all values, the most wanted first.
 
     "LM": by decreasing magnitude, "LA": decreasing, "SA": increasing, "BE": the largest, the
@@ -40,7 +41,7 @@ def order_of(values: NDArray[np.float64], which: str) -> NDArray[np.intp]:
     return alternating
 
 
-def wanted(values: NDArray[np.float64], k: int, which: str) -> NDArray[np.intp]:
+def wanted(values: Array, k: int, which: str) -> NDArray[np.intp]:
     """Indices of the k wanted values in the order of results: "BE" by decreasing value."""
     first = order_of(values, which)[:k]
     return first[np.argsort(-values[first], kind="stable")] if which == "BE" else first

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvpfast.analysis.estimators.hutchinson import norms_sq, scalar_estimate
 from hvpfast.analysis.estimators.result import Estimate
-from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, sample
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_stream, sample
 from hvpfast.analysis.estimators.subspace import (
     chunks_of,
     multiply,
@@ -74,7 +74,7 @@ def na_hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float
     check_budget("na-hutch++", settings.num_matvecs, 4)
     narrow, wide = settings.num_matvecs // 4, settings.num_matvecs // 2
     products.check_room(narrow + wide, 2, "na-hutch++ keeps its sketches")
-    stream = ProbeStream(products, settings, _PROJECTED)
+    stream = probe_stream(products, settings, _PROJECTED)
     S = stream.rows(narrow)
     W = multiply(products, chunks_of(products, S), torch.empty_like(S))
     Z = multiply(products, stream.chunks(wide), S.new_empty(wide, products.size))
@@ -109,6 +109,6 @@ def _basis(products: Products, settings: Settings, method: str) -> tuple[ProbeSt
     check_budget(method, settings.num_matvecs, 3)
     count = min(settings.num_matvecs // 3, products.size)
     products.check_room(count, 4, f"{method} keeps a basis")
-    stream = ProbeStream(products, settings, min(count, _PROJECTED))
+    stream = probe_stream(products, settings, min(count, _PROJECTED))
     out = torch.empty(count, products.size, dtype=stream.dtype, device=products.device)
     return stream, orthonormal_rows(multiply(products, stream.chunks(count), out))[0]

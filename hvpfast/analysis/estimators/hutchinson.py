@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hvpfast.analysis.estimators.result import Estimate, skewness_coefficients
-from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, sample
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_stream, sample
 from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
 from hvpfast.operators.matvecs import Products
 
@@ -45,7 +45,7 @@ def estimate(
     products: Products, settings: Settings, wanted: Sequence[str]
 ) -> dict[str, Estimate[Any]]:
     """Return estimates of the wanted quantities by name, from the same products."""
-    tallies, reason = sampled(products, ProbeStream(products, settings), settings, wanted)
+    tallies, reason = sampled(products, probe_stream(products, settings), settings, wanted)
     results: dict[str, Estimate[Any]] = {}
     for name, tally in tallies.items():
         if isinstance(tally, ScalarTally):

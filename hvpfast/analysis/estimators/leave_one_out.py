@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hvpfast.analysis.estimators.deflated import check_budget
 from hvpfast.analysis.estimators.result import Estimate
-from hvpfast.analysis.estimators.sampling import ProbeStream, Settings
+from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_stream
 from hvpfast.analysis.estimators.subspace import chunks_of, multiply, orthonormal_rows, row_products
 from hvpfast.analysis.estimators.tallies import blocks
 from hvpfast.operators.matvecs import Products
@@ -88,7 +88,7 @@ def _sketch(products: Products, settings: Settings, stream: ProbeStream, method:
 
 def xtrace(products: Products, settings: Settings) -> Estimate[float]:
     """Return tr A from num_matvecs / 2 probes and as many products with the basis."""
-    stream = ProbeStream(products, settings)
+    stream = probe_stream(products, settings)
     k = _sketch(products, settings, stream, "xtrace")
     n, S, ZO, G, rest = len(k.L), k.S, k.ZO, k.G, k.rest
     T, W = row_products(k.Z, k.Q), row_products(k.Q, k.probes)
@@ -148,7 +148,7 @@ def xdiag(products: Products, settings: Settings) -> Estimate[Tensor]:
             "xdiag needs entries with w_i^2 = 1: distribution='rademacher'; "
             f"got {settings.distribution!r}"
         )
-    stream = ProbeStream(products, settings)
+    stream = probe_stream(products, settings)
     k = _sketch(products, settings, stream, "xdiag")
     n = len(k.L)
     dtype = stream.dtype

@@ -86,7 +86,7 @@ def estimate(
             "operator of each model"
         )
     products = _Products(operator)
-    tallies, reason = sampled(products, _ProbeStream(products, settings), settings, wanted)
+    tallies, reason = sampled(products, _probe_stream(products, settings), settings, wanted)
     results: dict[str, ModelsEstimate] = {}
     for name, tally in tallies.items():
         mean, stderr = tally.moments()
@@ -138,17 +138,15 @@ class _Products:
         return out
 
 
-class _ProbeStream(ProbeStream):
+def _probe_stream(products: _Products, settings: Settings) -> ProbeStream:
     """The probes of M models as rows (M, k, P)."""
+    M, P = shape = products.num_models, products.size
+    dtype, device = products.dtype, products.device
+    stride = settings.num_matvecs if settings.rtol is None else settings.most
+    check_probe_count(M, stride)
 
-    def __init__(self, products: _Products, settings: Settings) -> None:
-        M, P = products.num_models, products.size
-        self._setup((M, P), products.dtype, products.device, settings)
-        self._stride = settings.num_matvecs if settings.rtol is None else settings.most
-        check_probe_count(M, self._stride)
-        self._at_once = chunk_of(M * P * products.dtype.itemsize, _CHUNK_BYTES)
+    def draw(source: ProbeSource, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        return probes_of_models(source, stride, M, P, dtype, device, out)
 
-    def _draw(self, source: ProbeSource, memory: Tensor | None) -> Tensor:
-        M, P = self.shape
-        out = None if memory is None else memory.view(M, -1, P)
-        return probes_of_models(source, self._stride, M, P, self.dtype, self._device, out)
+    at_once = chunk_of(M * P * dtype.itemsize, _CHUNK_BYTES)
+    return ProbeStream(draw, shape, dtype, device, settings, at_once)

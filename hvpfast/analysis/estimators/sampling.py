@@ -23,6 +23,7 @@ __all__ = [
     "ProbeStream",
     "Settings",
     "chunk_of",
+    "probe_stream",
     "rows_at_once",
     "sample",
     "scaled",
@@ -87,25 +88,31 @@ class Settings:
 
 
 class ProbeStream:
-    """Probes 0, 1, 2, ... of one seed as rows (k, P), drawn as they are used.
+    """Probes 0, 1, 2, ... of one seed as rows (k, P), or (M, k, P) of many models, drawn when used.
 
     Args:
-        products: the operator, which tells P, dtype and device.
+        draw: returns the probes of a source as rows of a dtype, in given memory or, for None, new.
+        shape: (P,) or (M, P).
+        dtype: of the operator; rows have at least single precision.
+        device: of the rows.
         settings: distribution and seed.
-        at_once: draw at least so many at a time.
+        at_once: probes of a chunk.
     """
 
-    def __init__(self, products: Products, settings: Settings, at_once: int = 1) -> None:
-        self._setup((products.size,), products.dtype, products.device, settings)
-        self._at_once = max(at_once, rows_at_once(products))
-
-    def _setup(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, settings: Settings
+    def __init__(
+        self,
+        draw: Callable[[ProbeSource, torch.dtype, Tensor | None], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: Settings,
+        at_once: int,
     ) -> None:
+        self._draw, self._at_once = draw, at_once
         self.shape, self.dtype, self._device = shape, at_least_single(dtype), device
         self._sphere = settings.distribution == "sphere"
         self._distribution = "normal" if self._sphere else settings.distribution
-        self._seed, self._next, self._at_once = settings.seed, 0, 1
+        self._seed, self._next = settings.seed, 0
         self._memory: Tensor | None = None
 
     def chunks(self, count: int) -> Iterator[Tensor]:
@@ -121,21 +128,30 @@ class ProbeStream:
             )
 
     def rows(self, count: int, memory: Tensor | None = None) -> Tensor:
-        """Return the next ``count`` probes as rows, in ``memory`` where it is given."""
-        rows = self._draw(ProbeSource(count, self._distribution, self._seed, self._next), memory)
+        """Return the next ``count`` probes as rows, in ``memory`` of their size if it is given."""
+        *models, size = self.shape
+        source = ProbeSource(count, self._distribution, self._seed, self._next)
+        out = None if memory is None else memory.view(*models, count, size)
+        rows = self._draw(source, self.dtype, out)
         self._next += count
         if self._sphere:
-            scaled(rows.view(-1, self.shape[-1]), self.shape[-1])
+            scaled(rows.view(-1, size), size)
         return rows
 
-    def _draw(self, source: ProbeSource, memory: Tensor | None) -> Tensor:
-        (size,) = self.shape
-        out = None if memory is None else memory.view(-1, size)
-        return probe_rows(source, size, self.dtype, self._device, out)
-
     def on_sphere(self, rows: Tensor, dimension: int) -> Tensor:
-        """Scale rows to length sqrt(dimension), in place, where the distribution is the sphere."""
+        """Scale rows to length sqrt(dimension), in place, if the distribution is the sphere."""
         return scaled(rows, dimension) if self._sphere else rows
+
+
+def probe_stream(products: Products, settings: Settings, at_once: int = 1) -> ProbeStream:
+    """Return the probes for an operator, at least ``at_once`` at a time."""
+    size, device = products.size, products.device
+
+    def draw(source: ProbeSource, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        return probe_rows(source, size, dtype, device, out)
+
+    at_once = max(at_once, rows_at_once(products))
+    return ProbeStream(draw, (size,), products.dtype, device, settings, at_once)
 
 
 class Chunks(Protocol):
