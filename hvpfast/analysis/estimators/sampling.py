@@ -129,9 +129,9 @@ class ProbeStream:
 
     def rows(self, count: int, memory: Tensor | None = None) -> Tensor:
         """Return the next ``count`` probes as rows, in ``memory`` of their size if it is given."""
-        *models, size = self.shape
+        *lead, size = self.shape
         source = ProbeSource(count, self._distribution, self._seed, self._next)
-        out = None if memory is None else memory.view(*models, count, size)
+        out = None if memory is None else memory.view(*lead, count, size)
         rows = self._draw(source, self.dtype, out)
         self._next += count
         if self._sphere:

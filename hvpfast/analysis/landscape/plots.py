@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -285,6 +286,4 @@ def _captions(figure: Figure, named: Mapping[str, Surface], notes: Sequence[str]
 
 def _wrapped(text: str, width: float) -> str:
     """Break a line of small print to the width of a figure in inches."""
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, int(width * 16)))
