@@ -355,7 +355,7 @@ def test_hysteresis_is_found_where_one_sweep_has_collapsed(finished: Path) -> No
 def test_residuals_are_counted_with_their_reasons() -> None:
     row = {"num_within": 1, "by_rounding": 1, "largest_beyond": 1e-8, "worst_within": 5e-5}
     row |= {"residual_1": 0.0, "residual_2": 0.0, "residual_3": 0.0, "residual_floor": 0.0}
-    found = spectral_findings.residuals({0: row}, {"tol": 1e-4})
+    found = spectral_findings.residuals([row], {"tol": 1e-4})
     assert (found["num"], found["within"], found["rounding"], found["unexplained"]) == (3, 1, 1, 1)
 
 

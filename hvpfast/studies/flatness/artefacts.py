@@ -14,6 +14,7 @@ Seeds whose training diverged have NaN. Weights are those of the first seed.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from hvpfast.utils.files import npz_bytes
 RESULTS = "FA_regularization_results.pkl"
 REPORT = "experiment_report.md"
 FILED = ("arm", "lambda", "seed", "test_right")
-"""Columns of final rows that are no measures."""
+"""Columns that are not measures: whose row it is, and a bit for every test sample."""
 
 
 def weights_path(folder: Path, arm: str) -> Path:
@@ -54,13 +55,12 @@ def keep_weights(folder: Path, arm: str, model: nn.Module) -> None:
 def artefacts(folder: Path, records: list[Row]) -> None:
     """Write the pickle and the report into the run folder."""
     found = findings(records, RunFolder(folder).timings())
-    rows = table(records, "final")
-    results = {arm: arm_results(folder, records, rows, arm) for arm in found["arms"]}
+    lambdas = {arm: found["by_arm"][arm]["lambda"] for arm in found["arms"]}
     planes = dict.fromkeys(row["plane"] for row in found["landscape"])
     content = {
         "config": found["config"],
-        "lambda_values": [found["by_arm"][arm]["lambda"] for arm in found["arms"]],
-        "results": {found["by_arm"][arm]["lambda"]: results[arm] for arm in found["arms"]},
+        "lambda_values": list(lambdas.values()),
+        "results": {lam: arm_results(folder, records, arm) for arm, lam in lambdas.items()},
         "landscapes": [plane_results(records, found, plane) for plane in planes],
         "findings": found,
     }
@@ -68,19 +68,20 @@ def artefacts(folder: Path, records: list[Row]) -> None:
     write_whole(folder / REPORT, report(found))
 
 
-def arm_results(
-    folder: Path, records: list[Row], finals: Sequence[dict[str, Any]], arm: str
-) -> dict[str, Any]:
+def arm_results(folder: Path, records: list[Row], arm: str) -> dict[str, Any]:
     """Return the results of one lambda."""
-    rows = [row for row in finals if row["arm"] == arm]
-    columns = {k: None for row in rows for k in facts(row) if k not in FILED}
-    first = rows[0]
+    rows = table(records, "final", arm=arm)
     return {
         "seeds": np.array([row["seed"] for row in rows]),
         "history": history(records, rows, arm),
-        "final": {k: np.array([numeric(row.get(k)) for row in rows]) for k in columns},
-        "weights": {} if first["diverged"] else read_weights(folder, arm),
+        "final": {k: np.array([numeric(row.get(k)) for row in rows]) for k in measured(rows)},
+        "weights": {} if rows[0]["diverged"] else read_weights(folder, arm),
     }
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of the rows that are measures."""
+    return list(dict.fromkeys(k for row in rows for k in facts(row) if k not in FILED))
 
 
 def history(
@@ -89,7 +90,7 @@ def history(
     """Return the curves of one lambda by column, (S, epochs + 1)."""
     curves = [table(records, "epoch", arm=arm, seed=row["seed"]) for row in finals]
     longest = max(len(curve) for curve in curves)
-    names = {k: None for curve in curves for row in curve for k in facts(row) if k not in FILED}
+    names = measured(list(itertools.chain.from_iterable(curves)))
     found = {name: np.full((len(curves), longest), np.nan) for name in names}
     for i, curve in enumerate(curves):
         for j, row in enumerate(curve):

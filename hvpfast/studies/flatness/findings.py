@@ -1,4 +1,4 @@
-"""From the records of the flatness study to named numbers: functions of the records alone."""
+"""The named numbers of the flatness study's report, from its records and timings alone."""
 
 from __future__ import annotations
 
@@ -44,13 +44,19 @@ MEASURES = {
     "late_train_variance": "variance of the training loss, late epochs",
     "epochs_to_target": "epochs to the target",
 }
-"""The test accuracy was chosen beforehand to answer the question; the rest describes."""
-RATIOS = (
+"""Column of the final rows -> name in the report.
+
+The test accuracy was chosen beforehand to answer the question; the rest describes.
+"""
+FLATNESS = [
     "hessian_fro2", "hessian_fro2_probes", "held_out_fro2", "part_fro2", "part_ggn_fro2",
     "hessian_trace", "filter_curvature", "flatness_same", "flatness_fresh", "flatness_unseen",
-    "params_norm", "first_norm", "late_accuracy_variance", "late_loss_variance",
-    "late_train_variance",
-)  # fmt: skip
+    "params_norm", "first_norm",
+]  # fmt: skip
+"""Measures in the table of flatness, before the user's own."""
+VARIANCES = ["late_loss_variance", "late_accuracy_variance", "late_train_variance"]
+"""Measures of stability."""
+RATIOS = {*FLATNESS, *VARIANCES}
 """Positive quantities, compared as ratios."""
 LATE = 10
 """Epochs at the end of a training over which stability is measured."""
@@ -59,24 +65,28 @@ TARGET = 0.9
 SMALL = 0.01
 """The largest lambda that the registered predictions call small."""
 
+Rows = Sequence[Mapping[str, Any]]
+Pairs = Mapping[str, Mapping[str, Any]]
+"""By lambda, its corrected comparison with the baseline in one measure."""
+
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     """Return every number of the report, named."""
     finals = with_curves(records)
     arms = list(dict.fromkeys(row["arm"] for row in finals))
-    measures = [*MEASURES, *(name for name in own_metrics(finals))]
-    comparison = {m: compared(finals, arms, m) for m in measures}
+    own = own_metrics(finals)
+    measures = [*MEASURES, *own]
+    whole_run = ("config", "data", "constant", "linear")
     found: dict[str, Any] = {
-        "config": facts(table(records, "config")[0]),
-        **{name: facts(table(records, name)[0]) for name in ("data", "constant", "linear")},
+        **{name: facts(table(records, name)[0]) for name in whole_run},
         "level": LEVEL,
         "arms": arms,
         "num_params": finals[0]["num_params"],
         "num_seeds": len({row["seed"] for row in finals}),
         "by_arm": {arm: arm_findings(finals, arm, measures) for arm in arms},
-        "comparison": comparison,
+        "comparison": {measure: compared(finals, arms, measure) for measure in measures},
         "flat": flat_measure(finals),
-        "own_metrics": own_metrics(finals),
+        "own_metrics": own,
         "mcnemar": mcnemar(records, finals, arms),
         "agreement": [facts(row) for row in table(records, "agreement")],
         "cost": cost(records, timings),
@@ -86,19 +96,23 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
     return found | {"predictions": predictions(found)}
 
 
-def own_metrics(finals: Sequence[Mapping[str, Any]]) -> list[str]:
+def own_metrics(finals: Rows) -> list[str]:
     """Return the columns of the user's own metrics."""
     return list(dict.fromkeys(k for row in finals for k in row if k.startswith("metric_")))
 
 
-def flat_measure(finals: Sequence[Mapping[str, Any]]) -> str:
+def flat_measure(finals: Rows) -> str:
     """Return the column that says how flat a network is: exact where it exists."""
     exact = any(known(row, "hessian_fro2") for row in finals)
     return "hessian_fro2" if exact else "hessian_fro2_probes"
 
 
 def with_curves(records: list[Row]) -> list[dict[str, Any]]:
-    """Return the final rows with what their curves say: best, late and how soon."""
+    """Return the final rows with what their curves say: best, late and how soon.
+
+    Trainings that diverged get no such columns. ``epochs_to_target`` is None for a training that
+    misses the target, and absent where the baseline of the same seed diverged.
+    """
     finals = [dict(row) for row in table(records, "final")]
     curves = {
         (row["arm"], row["seed"]): table(records, "epoch", arm=row["arm"], seed=row["seed"])
@@ -124,9 +138,7 @@ def with_curves(records: list[Row]) -> list[dict[str, Any]]:
     return finals
 
 
-def compared(
-    finals: Sequence[Mapping[str, Any]], arms: Sequence[str], measure: str
-) -> dict[str, dict[str, Any]]:
+def compared(finals: Rows, arms: Sequence[str], measure: str) -> dict[str, dict[str, Any]]:
     """Compare every lambda with the baseline, paired by seed, with Holm's correction over them."""
     found = {}
     for arm in arms:
@@ -136,9 +148,7 @@ def compared(
     return holm_correct(found)
 
 
-def arm_findings(
-    finals: Sequence[Mapping[str, Any]], arm: str, measures: Sequence[str]
-) -> dict[str, Any]:
+def arm_findings(finals: Rows, arm: str, measures: Sequence[str]) -> dict[str, Any]:
     """Return mean and spread over the seeds of one lambda's measures."""
     rows = [row for row in finals if row["arm"] == arm]
     shares = [
@@ -152,8 +162,10 @@ def arm_findings(
         "num_undone": sum(row.get("undone", False) for row in rows),
         "num_reached": sum(known(row, "epochs_to_target") for row in rows),
         "penalty_share": fmean(shares) if shares else None,
-        "last_ce": summary([row.get("last_ce") for row in rows]),
-        **{measure: summary([row.get(measure) for row in rows]) for measure in measures},
+        **{
+            measure: summary([row.get(measure) for row in rows])
+            for measure in ("last_ce", *measures)
+        },
     }
 
 
@@ -164,12 +176,11 @@ def chosen(found: Mapping[str, Any]) -> str | None:
     return max(there, key=lambda arm: there[arm]) if there else None
 
 
-def mcnemar(
-    records: list[Row], finals: Sequence[Mapping[str, Any]], arms: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def mcnemar(records: list[Row], finals: Rows, arms: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return, for the first seed, on how many test samples a lambda and the baseline disagree.
 
-    ``p`` is McNemar's, exact: of as uneven a split of the samples that one of them gets right.
+    ``p`` is McNemar's, exact: the probability that samples which only one of the two gets right
+    are split at least as unevenly by chance, ``min(1, 2 P(X <= min(won, lost)))`` with X binomial.
     """
     num = table(records, "data")[0]["num_test"]
     first = [dict(row) for row in finals if row["seed"] == finals[0]["seed"]]
@@ -185,7 +196,7 @@ def mcnemar(
 
 
 def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return median seconds per step by method, and the ratios that the study is about."""
+    """Return median seconds per step by method, and their ratios; None where not timed."""
     seconds = {method: timings.get(f"steps/{method}") for method in METHODS}
     config, data = table(records, "config")[0], table(records, "data")[0]
 
@@ -204,7 +215,7 @@ def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
 
 
 def landscape(records: list[Row]) -> list[dict[str, Any]]:
-    """Return the centres of the landscapes: curvature and rise of every plane."""
+    """Return what was measured at the centre of every landscape: loss, curvature, rise."""
     return [facts(row) for row in table(records, "landscape", kind="centre")]
 
 
@@ -227,18 +238,16 @@ def grids(records: list[Row], plane: int) -> dict[str, dict[str, Any]]:
 def predictions(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Answer the registered predictions: claim, outcome (held, contradicted, no evidence), why."""
     by_arm, accuracy = found["by_arm"], found["comparison"]["test_accuracy"]
-    flat = found["comparison"][found["flat"]]
     small = [arm for arm in accuracy if by_arm[arm]["lambda"] <= SMALL]
     largest = max(accuracy, key=lambda arm: by_arm[arm]["lambda"], default=None)
-    unseen = found["comparison"]["held_out_fro2"]
     answers = [
         {
             "claim": "Tr(H²) of the train split is lower for every λ > 0",
-            **one_way(flat, list(flat), "lower", "higher"),
+            **lower(found["comparison"][found["flat"]]),
         },
         {
             "claim": "and so is that of held-out samples",
-            **one_way(unseen, list(unseen), "lower", "higher"),
+            **lower(found["comparison"]["held_out_fro2"]),
         },
         {
             "claim": f"no accuracy gain at small λ ({', '.join(small) or 'none here'})",
@@ -246,7 +255,7 @@ def predictions(found: Mapping[str, Any]) -> list[dict[str, str]]:
         },
         {
             "claim": f"lower accuracy at the largest λ ({largest})",
-            **one_way(accuracy, [] if largest is None else [largest], "lower", "higher"),
+            **lower({} if largest is None else {largest: accuracy[largest]}),
         },
     ]
     if found["data"]["dataset"] == "rbf":
@@ -254,29 +263,38 @@ def predictions(found: Mapping[str, Any]) -> list[dict[str, str]]:
     return answers
 
 
-def one_way(
-    pairs: Mapping[str, Mapping[str, Any]], arms: Sequence[str], wanted: str, opposite: str
-) -> dict[str, str]:
-    """Answer a prediction that every one of the lambdas differs in one direction."""
-    verdicts = {arm: pairs[arm]["verdict_holm"] for arm in arms}
-    against = [arm for arm, verdict in verdicts.items() if verdict == opposite]
-    open_ = [arm for arm, verdict in verdicts.items() if verdict not in (wanted, opposite)]
-    if against:
-        return {"outcome": "contradicted", "why": f"{opposite} for λ = {', '.join(against)}"}
-    if open_ or not arms:
-        told = f"no evidence of a difference for λ = {', '.join(open_)}"
-        return {"outcome": "no evidence", "why": told if open_ else "there is no such λ"}
-    return {"outcome": "held", "why": f"{wanted} for λ = {', '.join(arms)}, corrected"}
+def verdicts(pairs: Pairs) -> dict[str, list[str]]:
+    """Return the lambdas by what corrected evidence says of them: lower, higher, or open."""
+    told: dict[str, list[str]] = {"lower": [], "higher": [], "open": []}
+    for arm, pair in pairs.items():
+        told[pair["verdict_holm"] if pair["verdict_holm"] in told else "open"].append(arm)
+    return told
 
 
-def decidable(pairs: Mapping[str, Mapping[str, Any]]) -> bool:
+def lower(pairs: Pairs) -> dict[str, str]:
+    """Answer the prediction that a measure is lower for every lambda of the pairs."""
+    told = {way: ", ".join(arms) for way, arms in verdicts(pairs).items()}
+    if told["higher"]:
+        return {"outcome": "contradicted", "why": f"higher for λ = {told['higher']}"}
+    if told["open"]:
+        why = f"no evidence of a difference for λ = {told['open']}"
+        return {"outcome": "no evidence", "why": why}
+    if not pairs:
+        return {"outcome": "no evidence", "why": "there is no such λ"}
+    return {"outcome": "held", "why": f"lower for λ = {told['lower']}, corrected"}
+
+
+def decidable(pairs: Pairs) -> bool:
     """Return whether there are enough seeds for Holm's correction to let any difference pass."""
     least = [pair["p_resolution"] for pair in pairs.values() if pair["p_resolution"] is not None]
     return bool(least) and min(least) * len(pairs) < 1 - LEVEL
 
 
-def no_gain(pairs: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> dict[str, str]:
-    """Answer the prediction that there is no gain: what the intervals leave room for is said."""
+def no_gain(pairs: Pairs, arms: Sequence[str]) -> dict[str, str]:
+    """Answer the prediction that a measure is higher for none of the lambdas.
+
+    The answer names the largest gain that the intervals leave room for.
+    """
     gains = [arm for arm in arms if pairs[arm]["verdict_holm"] == "higher"]
     if gains:
         return {"outcome": "contradicted", "why": f"higher for λ = {', '.join(gains)}"}
@@ -291,7 +309,7 @@ def no_gain(pairs: Mapping[str, Mapping[str, Any]], arms: Sequence[str]) -> dict
 
 
 def as_published(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Answer what the published run on this kind of data lets expect; means, not tests."""
+    """Answer what the published run on this kind of data leads one to expect, by means alone."""
     by_arm = found["by_arm"]
     penalised = [arm for arm in found["arms"] if arm != BASELINE]
     seen = [by_arm[arm]["flatness_same"]["mean"] for arm in penalised]
@@ -312,7 +330,7 @@ def as_published(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def ordered(values: Sequence[float | None], *, falling: bool) -> dict[str, str]:
-    """Say whether means by rising lambda are in one order."""
+    """Answer the prediction that means by rising lambda fall, or rise, without exception."""
     there = [v for v in values if v is not None]
     pairs = itertools.pairwise(there)
     right = len(there) == len(values) and all(a > b if falling else a < b for a, b in pairs)

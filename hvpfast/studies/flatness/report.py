@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hvpfast.lab.report.template import render
-from hvpfast.studies.flatness.findings import BASELINE, LATE, MEASURES, TARGET, decidable
+from hvpfast.studies.flatness import findings
+from hvpfast.studies.flatness.findings import BASELINE
 
 QUESTION = "Does penalising Tr(H²) make networks generalise better?"
 TEMPLATES = Path(__file__).parent
-FLATNESS = [
-    "hessian_fro2", "hessian_fro2_probes", "held_out_fro2", "part_fro2", "part_ggn_fro2",
-    "hessian_trace", "filter_curvature", "flatness_same", "flatness_fresh", "flatness_unseen",
-    "params_norm", "first_norm",
-]  # fmt: skip
-"""Measures in the table of flatness, before the user's own."""
 PUBLISHED_MEASURES = ("val_accuracy", "best_accuracy", "late_accuracy", "flatness_same", "last_ce")
 PUBLISHED = {
     "0": (0.2633, 0.2800, 0.2600, None, 1.376),
@@ -45,27 +40,21 @@ def headline(found: Found) -> str:
 
 def names(found: Found) -> dict[str, Any]:
     """Return the names of the templates: the findings, constants, and functions of the findings."""
-    functions = (verdicts, not_beating, seconds, probe_ratios, milliseconds)
+    functions = (not_beating, seconds, probe_ratios, milliseconds)
     return {
         **found,
         "question": QUESTION,
-        "BASELINE": BASELINE,
-        "LATE": LATE,
-        "MEASURES": MEASURES,
-        "FLATNESS": FLATNESS,
-        "TARGET": TARGET,
         "published": published(found),
-        "decidable": decidable,
+        "BASELINE": BASELINE,
+        "FLATNESS": findings.FLATNESS,
+        "LATE": findings.LATE,
+        "MEASURES": findings.MEASURES,
+        "TARGET": findings.TARGET,
+        "VARIANCES": findings.VARIANCES,
+        "verdicts": findings.verdicts,
+        "decidable": findings.decidable,
         **{function.__name__: partial(function, found) for function in functions},
     }
-
-
-def verdicts(found: Found, measure: str) -> dict[str, list[str]]:
-    """Return the lambdas by what Holm-corrected evidence says about a measure."""
-    told: dict[str, list[str]] = {"lower": [], "higher": [], "open": []}
-    for arm, pair in found["comparison"][measure].items():
-        told[pair["verdict_holm"] if pair["verdict_holm"] in told else "open"].append(arm)
-    return told
 
 
 def not_beating(found: Found, predictor: Mapping[str, float]) -> list[str]:

@@ -8,8 +8,8 @@
     model_weights-{ID}-{L2}.pth             state dict
 
 {L2} is lambda with five decimals. Numbers are written with nine significant digits, which keep
-float32 exactly; nine decimals, as published, would lose small gradients.
-Beyond those: ``Hessian-effective-eigenvalues-{ID}-{L2}.csv``, the same pairs of H + d I.
+float32 exactly; nine decimals, as published, would lose small gradients. Not among the published:
+``Hessian-effective-eigenvalues-{ID}-{L2}.csv``, the same pairs of H + d I.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 FOLDER = "test_data"
 CSV_BYTES = 12.5
-"""Of a number with nine significant digits and its separator, on average."""
+"""Average bytes of a number with nine significant digits and its separator."""
 
 
 def name_of(config: Config, what: str, index: int, suffix: str = "csv") -> str:
-    """Return the published name of a file of one lambda."""
+    """Return the name of a file of one lambda, as published."""
     return f"{what}-{config.id}-{config.step * index:.5f}.{suffix}"
 
 
@@ -46,7 +46,10 @@ def path_of(config: Config, folder: Path, what: str, index: int, suffix: str = "
 
 
 def state_path(config: Config, folder: Path, sweep: str, index: int) -> Path:
-    """Return where the parameters of a lambda lie: published for the main sweep, else our own."""
+    """Return where the parameters of a lambda lie.
+
+    The main sweep's have the published place and name, the other sweeps' the folder ``branches``.
+    """
     if sweep == config.sweep:
         return path_of(config, folder, "model_weights", index, "pth")
     return folder / "branches" / name_of(config, sweep, index, "pth")
@@ -117,18 +120,17 @@ METRICS = {
 
 def keep_metrics(config_row: Mapping[str, Any], folder: Path, rows: Iterable[Row]) -> None:
     """Write the two tables of scores."""
-    columns = dict(METRICS)
     classes = {f"Class_{c}_Accuracy": f"class_{c}" for c in range(NUM_CLASSES)}
     done = list(rows)
-    for ending, chosen in (("", columns), ("_split_accuracy", columns | classes)):
-        lines = [",".join(chosen)]
-        lines += [",".join(metric(row, name, chosen[name]) for name in chosen) for row in done]
+    for ending, columns in (("", METRICS), ("_split_accuracy", METRICS | classes)):
+        lines = [",".join(columns)]
+        lines += [",".join(metric(row, *column) for column in columns.items()) for row in done]
         path = folder / FOLDER / f"Model-{config_row['id']}{ending}.csv"
         write_whole(path, "\n".join(lines) + "\n")
 
 
 def metric(row: Mapping[str, Any], name: str, column: str) -> str:
-    """Return one number of the tables of scores; accuracies in percent."""
+    """Return one number of the tables of scores, accuracies in percent; empty where unknown."""
     value = row[column]
     if value is None:
         return ""
@@ -138,7 +140,7 @@ def metric(row: Mapping[str, Any], name: str, column: str) -> str:
 
 
 def size_text(config: Config) -> str:
-    """Say what the run will write, before it does."""
+    """Return, for a run that is about to start, what it will write and how large that is."""
     sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
     num = hf.MLPSpec(sizes).num_params
     width = 4 if config.dtype == "float32" else 8
@@ -154,5 +156,5 @@ def size_text(config: Config) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Return a number of bytes for people."""
+    """Return a number of bytes in megabytes, or gigabytes from one on."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
