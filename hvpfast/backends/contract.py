@@ -1,9 +1,9 @@
 """What every backend provides: its module, its states, its penalties.
 
-One model and M models of one network have protocols of their own: M stands in front of every shape.
-Tensors that a method returns are new and hold no autograd history; so are ``loss`` and ``penalty``
-of penalties and ``loss`` of :class:`ModelsState`, each time they are read. Callers change them, and
-autograd attaches history to them, without a copy.
+States of one model and of M models of one network have the same operations: M stands in front of
+every shape. Tensors that a method returns are new and hold no autograd history; so are ``loss`` and
+``penalty`` of penalties and ``loss`` of :class:`ModelsState`, each time they are read. Callers
+change them, and autograd attaches history to them, without a copy.
 """
 
 from __future__ import annotations
@@ -19,29 +19,56 @@ from hvpfast.mlp.spec import MLPSpec
 
 
 class PenaltyState(Protocol):
-    """A curvature penalty at one point, before its gradient."""
+    """A curvature penalty of one model or of many at their points, before its gradient."""
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim; a new tensor each time."""
+        """The loss, 0-dim or (M,); a new tensor each time."""
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim; a new tensor each time."""
+        """The penalty, 0-dim or (M,); a new tensor each time."""
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
+        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,) or (M, P)."""
 
 
-class State(Protocol):
-    """A linearisation at one point; K tangents are contiguous rows (K, P).
+class AnyState(Protocol):
+    """What states of one model and of many have; K tangents are contiguous rows (K, P), (M, K, P).
 
     A state may also have ``explain()``: lines on how it runs, for ``Linearization.explain()``.
     """
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
+        """The loss, 0-dim or (M,), of the parameters' dtype and device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the state keeps alive beyond its inputs, in bytes."""
+
+    def gradient(self) -> Tensor:
+        """Gradient d loss / d params, (P,) or (M, P)."""
+
+    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """H v_k, or with ``ggn`` G v_k, for K >= 0 rows or one (P,), shaped as they are."""
+
+    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
+        """v_k' H v_k, (K,) or (M, K)."""
+
+    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
+        """Third order, d sum_k <u_k, H v_k> / d params with u_k, v_k held fixed, (P,) or (M, P)."""
+
+    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
+        """(1/K) sum_k ||H v_k||^2 for probes given as rows or as their source, K >= 1.
+
+        Model m of many takes the K = num_probes probes of a source from ``first + m K`` on, which
+        are ``source.of_model(m)``; the caller has checked that the last index is below 2**32.
+        """
+
+
+class State(AnyState, Protocol):
+    """A linearization of one model at one point."""
 
     @property
     def loss_value(self) -> float:
@@ -50,25 +77,6 @@ class State(Protocol):
     @property
     def normalizer(self) -> float:
         """What the sum of losses was divided by."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the state keeps alive beyond its inputs, in bytes."""
-
-    def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """Third-order product d sum_k <u_k, H v_k> / d params with u_k, v_k held fixed, (P,)."""
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> PenaltyState:
-        """The penalty for probes given as rows (K, P) or as their source, K >= 1."""
 
     # Exact curvature, without probes: of multilayer perceptrons, and not on every backend; where
     # there is none these raise NotImplementedError. ``chosen`` has one flag per tensor
@@ -87,60 +95,17 @@ class State(Protocol):
         """tr H (kind "trace") or tr H^2 ("fro2") over the chosen tensors."""
 
 
-class ModelsPenalty(Protocol):
-    """The curvature penalties of M models, before their gradients."""
-
-    @property
-    def loss(self) -> Tensor:
-        """The losses, (M,); a new tensor each time."""
-
-    @property
-    def penalty(self) -> Tensor:
-        """The penalties, (M,); a new tensor each time."""
-
-    def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradients d(g_loss * loss_m + g_penalty * penalty_m) / d params_m, (M, P)."""
-
-
-class ModelsState(Protocol):
-    """Linearisations of M models of one network, each at its own parameters; contiguous tensors.
+class ModelsState(AnyState, Protocol):
+    """Linearizations of M models of one network, each at its own parameters; contiguous tensors.
 
     Labels out of range, and a mean over no targets, are errors like those of one model. Where the
     models have their own targets, y (M, N), the message begins with ``model m:`` for the first such
     model m. A loss that is not finite is no error here: ``functional.linearize`` reads the losses.
-    It may also have ``explain()``, as a :class:`State` may.
     """
-
-    @property
-    def loss(self) -> Tensor:
-        """The losses, (M,), of the parameters' dtype and device; a new tensor each time."""
 
     @property
     def normalizers(self) -> Tensor:
         """What each model's sum of losses was divided by, (M,) float64."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the state keeps alive beyond its inputs, in bytes."""
-
-    def gradient(self) -> Tensor:
-        """Gradients d loss_m / d params_m, (M, P)."""
-
-    def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H_m v_mk, or with ``ggn`` G_m v_mk, for rows (M, K, P), K >= 0: (M, K, P)."""
-
-    def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_mk' H_m v_mk for rows (M, K, P), K >= 0: (M, K)."""
-
-    def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_mk, H_m v_mk> / d params_m with u, v (M, K, P) held fixed: (M, P)."""
-
-    def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ModelsPenalty:
-        """(1/K) sum_k ||H_m v_mk||^2 for probes given as rows (M, K, P) or as their source, K >= 1.
-
-        Model m takes the K = num_probes probes of a source from ``first + m K`` on, which are
-        ``source.of_model(m)``; the caller has checked that the last index is below 2**32.
-        """
 
 
 class Backend(Protocol):

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from hvpfast.backends.contract import ModelsPenalty, ModelsState
+from hvpfast.backends.contract import ModelsState, PenaltyState
 from hvpfast.backends.probes.source import ProbeSource
 
 Models = TypeVar("Models", bound=ModelsState)
@@ -23,50 +23,39 @@ class OneModel(Generic[Models]):
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
         return self._models.loss[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals."""
         return self._models.nbytes
 
     def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
         return self._models.gradient()[0]
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
         rows = tangents.reshape(1, -1, tangents.shape[-1])
         return self._models.hvp(rows, ggn).view_as(tangents)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (K,)."""
         return self._models.quadratic(tangents.unsqueeze(0), ggn)[0]
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (P,)."""
         return self._models.hvp_vjp(tangents.unsqueeze(0), cotangents.unsqueeze(0), ggn)[0]
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> OnePenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes given as rows (K, P) or as their source."""
         rows = probes if isinstance(probes, ProbeSource) else probes.unsqueeze(0)
         return OnePenalty(self._models.penalty(rows, ggn))
 
     def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """Not on this backend: NotImplementedError."""
         raise self._no_exact("trace")
 
     def diagonal(self, ggn: bool) -> Tensor:
-        """Not on this backend: NotImplementedError."""
         raise self._no_exact("trace")
 
     def inner_product(self, other: object, ggn: bool, chosen: Sequence[bool]) -> float:
-        """Not on this backend: NotImplementedError."""
         raise self._no_exact("fro2")
 
     def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> OnePenalty:
-        """Not on this backend: NotImplementedError."""
         raise self._no_exact(kind)
 
     def _no_exact(self, kind: str) -> NotImplementedError:
@@ -79,19 +68,16 @@ class OnePenalty:
 
     __slots__ = ("_models",)
 
-    def __init__(self, models: ModelsPenalty) -> None:
+    def __init__(self, models: PenaltyState) -> None:
         self._models = models
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim."""
         return self._models.loss[0]
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim."""
         return self._models.penalty[0]
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
         return self._models.gradient(g_loss, g_penalty)[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvpfast.backends import Choice
-from hvpfast.backends.contract import ModelsPenalty, PenaltyState, State
+from hvpfast.backends.contract import PenaltyState, State
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.functional.penalty_kinds import check_probes, penalty_of
 from hvpfast.mlp.checks import check_tangents, tangent_rows
@@ -76,9 +76,7 @@ class Linearization(ABC):
         """d sum_k u_k' H v_k / d params."""
 
     @abstractmethod
-    def penalty(
-        self, probes: Tensor | ProbeSource, kind: str, ggn: bool
-    ) -> PenaltyState | ModelsPenalty:
+    def penalty(self, probes: Tensor | ProbeSource, kind: str, ggn: bool) -> PenaltyState:
         """The penalty of a kind by K >= 1 probes, with the gradient for weights that come later."""
 
     @abstractmethod

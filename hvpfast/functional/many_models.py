@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from hvpfast.backends.contract import ModelsPenalty, ModelsState, PenaltyState
+from hvpfast.backends.contract import ModelsState, PenaltyState
 from hvpfast.backends.probes.draw import probes_of_models
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.functional.linearization import Linearization, check_pairs
@@ -92,7 +92,7 @@ class ModelsLinearization(Linearization):
         with self._in_memory("third-order products", rows.shape[1]):
             return self.state.hvp_vjp(rows, cotangent_rows, ggn)
 
-    def penalty(self, probes: Tensor | ProbeSource, kind: str, ggn: bool) -> ModelsPenalty:
+    def penalty(self, probes: Tensor | ProbeSource, kind: str, ggn: bool) -> PenaltyState:
         """The penalties by probes (M, P) or (M, P, K), or by those of a source; K >= 1."""
         self.check_third_order("penalty")
         if isinstance(probes, ProbeSource):

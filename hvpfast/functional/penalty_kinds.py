@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hvpfast.backends.contract import ModelsState, PenaltyState, State
+from hvpfast.backends.contract import AnyState, PenaltyState, State
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.utils.choice import check_choice
@@ -44,7 +44,7 @@ def check_probes(probes: Tensor | ProbeSource) -> None:
 class TracePenalty:
     """(1/K) sum_k v_k' H v_k of one model or many, before its gradient; v are rows (..., K, P)."""
 
-    def __init__(self, state: State | ModelsState, rows: Tensor, ggn: bool) -> None:
+    def __init__(self, state: AnyState, rows: Tensor, ggn: bool) -> None:
         self._state, self._rows, self._ggn = state, rows, ggn
         self._values = state.quadratic(rows, ggn).mean(-1)
 

@@ -22,7 +22,6 @@ class CpuModelsPenalty(CpuPenaltyOperations):
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties, (M,); a new tensor each time."""
         out = torch.empty_like(self.loss)
         self._engine.values(out.data_ptr())
         return out
@@ -43,14 +42,12 @@ class CpuModels(CpuOperations):
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,); a new tensor each time."""
         out = self.like.new_empty(self._shape[0])
         self._engine.losses(out.data_ptr())
         return out
 
     @property
     def normalizers(self) -> Tensor:
-        """What each model's sum of losses was divided by, (M,) float64."""
         out = self.like.new_empty(self._shape[0], dtype=torch.float64)
         self._engine.normalizers(out.data_ptr())
         return out

@@ -37,12 +37,10 @@ class CpuOperations:
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim, or the losses (M,); a new tensor each time."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals."""
         return self._engine.num_bytes
 
     def empty_gradient(self) -> Tensor:
@@ -50,20 +48,17 @@ class CpuOperations:
         return self.like.new_empty(self._shape)
 
     def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,) or (M, P)."""
         out = self.empty_gradient()
         self._engine.gradient(out.data_ptr(), get_num_threads())
         return out
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v, or with ``ggn`` G v, for rows (K, P), one (P,), or (M, K, P), shaped as they are."""
         out = torch.empty_like(tangents)
         K = 1 if tangents.dim() == 1 else tangents.size(-2)
         self._engine.hvp(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
         return out
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v' H v, (K,) or (M, K)."""
         out = tangents.new_empty(tangents.shape[:-1])
         self._engine.quadratic(
             tangents.data_ptr(), tangents.size(-2), ggn, out.data_ptr(), get_num_threads()
@@ -71,7 +66,6 @@ class CpuOperations:
         return out
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (P,) or (M, P)."""
         out = self.empty_gradient()
         self._engine.hvp_vjp(
             tangents.data_ptr(),
@@ -84,7 +78,6 @@ class CpuOperations:
         return out
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenaltyOperations:
-        """(1/K) sum_k ||H v_k||^2 for probes given as rows or as their source."""
         if isinstance(probes, ProbeSource):
             engine = self._engine.penalty_of_probes(
                 probes.distribution,
@@ -118,16 +111,13 @@ class CpuPenaltyOperations:
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim, or the losses (M,); a new tensor each time."""
         return self._state.loss
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim, or the penalties (M,); a new tensor each time."""
         raise NotImplementedError
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,) or (M, P)."""
         out = self._state.empty_gradient()
         self._engine.gradient(g_loss, g_penalty, out.data_ptr(), get_num_threads())
         return out

@@ -122,7 +122,6 @@ class CpuPenalty(CpuPenaltyOperations):
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim; a new tensor each time."""
         return torch.scalar_tensor(self._engine.value, dtype=self._state.like.dtype)
 
 
@@ -149,16 +148,13 @@ class CpuState(CpuOperations):
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim; a new tensor each time."""
         return torch.scalar_tensor(self.loss_value, dtype=self.like.dtype)
 
     @property
     def normalizer(self) -> float:
-        """What the sum of losses was divided by."""
         return self._engine.normalizer
 
     def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """tr H_n of each sample over the chosen tensors, (N,)."""
         self._check_scratch("trace", ggn, chosen, False)
         out = self.like.new_empty(len(self.like))
         flags = self._flags(chosen)
@@ -166,14 +162,12 @@ class CpuState(CpuOperations):
         return out
 
     def diagonal(self, ggn: bool) -> Tensor:
-        """The diagonal of H, (P,)."""
         self._check_scratch("trace", ggn, [True] * len(self._spec.shapes), False)
         out = self.empty_gradient()
         self._engine.diagonal(ggn, out.data_ptr(), get_num_threads())
         return out
 
     def inner_product(self, other: State, ggn: bool, chosen: Sequence[bool]) -> float:
-        """tr H_a H_b over the chosen tensors, of this state and one of the same network."""
         if not isinstance(other, CpuState):
             raise TypeError(f"the other state must be of backend 'cpu'; got {type(other).__name__}")
         self._check_scratch("fro2", ggn, chosen, False)
@@ -182,7 +176,6 @@ class CpuState(CpuOperations):
         )
 
     def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> CpuPenalty:
-        """tr H ("trace") or tr H^2 ("fro2") over the chosen tensors, with its gradient."""
         self._check_scratch(kind, ggn, chosen, True)
         flags = self._flags(chosen)
         return CpuPenalty(

@@ -125,17 +125,14 @@ class CudaModelsState:
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,); a new tensor each time."""
         return self.scalars[:, 0].to(self._dtype, copy=True)
 
     @property
     def normalizers(self) -> Tensor:
-        """What the sums of losses were divided by, (M,) float64."""
         return self.scalars[:, 1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals."""
         return self._residuals.nbytes
 
     @functools.cached_property
@@ -162,14 +159,12 @@ class CudaModelsState:
         return [f"matrix products: {self._point.matrix_products()}"]
 
     def gradient(self) -> Tensor:
-        """Gradients d loss / d params, (M, P)."""
         out = self._empty(self.spec.num_params)
         where, _workspace, _ = self._memory("gradient")
         self._point.gradient(out.data_ptr(), where)
         return out
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, (M, K, P)."""
         out = torch.empty_like(tangents)
         K = tangents.shape[1]
         where, _workspace, _ = self._memory("hvp", K, ggn)
@@ -177,7 +172,6 @@ class CudaModelsState:
         return out
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k, (M, K)."""
         K = tangents.shape[1]
         out = self._empty(K)
         where, _workspace, _ = self._memory("quadratic", K, ggn)
@@ -185,7 +179,6 @@ class CudaModelsState:
         return out
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_k, H v_k> / d params, (M, P)."""
         K = tangents.shape[1]
         out = self._empty(self.spec.num_params)
         if K == 0:
@@ -197,7 +190,6 @@ class CudaModelsState:
         return out
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CudaModelsPenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes (M, K, P) or their source, K >= 1."""
         return CudaModelsPenalty(self, probes, ggn)
 
     def _empty(self, *shape: int) -> Tensor:
@@ -313,17 +305,14 @@ class CudaModelsPenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The losses, (M,); a new tensor each time."""
         return self._state.loss
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties, (M,); a new tensor each time."""
         self._hidden.used()
         return self.values.to(self._state._dtype, copy=True)
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradients d(g_loss * loss + g_penalty * penalty) / d params, (M, P)."""
         state, K = self._state, self._K
         self._hidden.used()
         out = state._empty(state.spec.num_params)

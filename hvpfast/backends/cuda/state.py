@@ -85,12 +85,12 @@ class CudaState(OneModel[CudaModelsState]):
 
     @property
     def loss_value(self) -> float:
-        """The loss as a number: waits for the device when first read."""
+        """Read from the device when first asked for, which waits for it."""
         return self._models.values[0][0]
 
     @property
     def normalizer(self) -> float:
-        """What the sum of losses was divided by: waits for the device when first read."""
+        """Read from the device when first asked for, which waits for it."""
         return self._models.values[0][1]
 
     def explain(self) -> list[str]:

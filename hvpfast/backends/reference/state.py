@@ -182,12 +182,10 @@ class ReferenceState:
 
     @property
     def loss_value(self) -> float:
-        """The loss as a number."""
         return float(self.loss)
 
     @functools.cached_property
     def normalizer(self) -> float:
-        """What the sum of losses was divided by."""
         return self._normalizer() if callable(self._normalizer) else self._normalizer
 
     def _objective(self, p: Tensor) -> Tensor:
@@ -205,12 +203,10 @@ class ReferenceState:
 
     @torch.no_grad()
     def gradient(self) -> Tensor:
-        """Gradient d loss / d params, (P,)."""
         return _grad(self._objective)(self._flat)
 
     @torch.no_grad()
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H v_k, or with ``ggn`` G v_k, for rows (K, P) or one (P,), shaped as they are."""
         if tangents.dim() == 1:
             return self.hvp(tangents.unsqueeze(0), ggn)[0]
         if ggn not in self._products:  # recorded once per point, replayed for every product
@@ -219,12 +215,10 @@ class ReferenceState:
 
     @torch.no_grad()
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_k' H v_k for rows (K, P): (K,)."""
         return (tangents.detach() * self.hvp(tangents, ggn)).sum(1)
 
     @torch.no_grad()
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """Third-order d sum_k <u_k, H v_k> / d params, rows u, v (K, P) held fixed: (P,)."""
         tangents, cotangents = tangents.detach(), cotangents.detach()
 
         def inner(p: Tensor) -> Tensor:
@@ -233,7 +227,6 @@ class ReferenceState:
         return _grad(inner)(self._flat)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ReferencePenalty:
-        """(1/K) sum_k ||H v_k||^2 for probes (K, P) or their source."""
         if isinstance(probes, ProbeSource):
             probes = probe_rows(probes, self._flat.numel(), self._flat.dtype, self._flat.device)
         rows = probes.detach()
@@ -243,22 +236,18 @@ class ReferenceState:
 
     @torch.no_grad()
     def sample_traces(self, ggn: bool, chosen: Sequence[bool]) -> Tensor:
-        """tr H_n of each sample over the chosen tensors, (N,)."""
         return cores.sample_traces(self.cores_at(self._flat, ggn), chosen)
 
     @torch.no_grad()
     def diagonal(self, ggn: bool) -> Tensor:
-        """The diagonal of H, (P,)."""
         return cores.diagonal(self.cores_at(self._flat, ggn))
 
     @torch.no_grad()
     def inner_product(self, other: ReferenceState, ggn: bool, chosen: Sequence[bool]) -> float:
-        """tr H_a H_b over the chosen tensors, of this state and one of the same network."""
         own, its = self.cores_at(self._flat, ggn), other.cores_at(other._flat, ggn)
         return float(cores.inner_product(own, its, chosen))
 
     def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> ReferencePenalty:
-        """tr H ("trace") or tr H^2 ("fro2") over the chosen tensors, with its gradient."""
 
         def value(p: Tensor) -> Tensor:
             own = self.cores_at(p, ggn)
@@ -296,17 +285,14 @@ class ReferencePenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The loss, 0-dim; a new tensor each time."""
         return self._values[0].detach().clone()
 
     @property
     def penalty(self) -> Tensor:
-        """The penalty, 0-dim; a new tensor each time."""
         return self._values[1].detach().clone()
 
     @torch.no_grad()
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        """Gradient d(g_loss * loss + g_penalty * penalty) / d params, (P,)."""
         weights = tuple(
             torch.full_like(v, g) for v, g in zip(self._values, (g_loss, g_penalty), strict=True)
         )

@@ -132,42 +132,35 @@ class TritonModelsState:
 
     @property
     def normalizers(self) -> Tensor:
-        """What the sums of losses were divided by, (M,) float64."""
         return self._lin.normalizers
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals."""
         return self._lin.nbytes
 
     def gradient(self) -> Tensor:
-        """Gradients d loss_m / d params_m, (M, P)."""
         self._hidden.used()
         return self._lin.gradient()
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """H_m v_mk, or with ``ggn`` G_m v_mk, (M, K, P)."""
         from hvpfast.backends.triton.tangents import hvp
 
         with self._running("hvp", tangents.shape[1]):
             return hvp(self._lin, tangents, ggn)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        """v_mk' H_m v_mk, (M, K)."""
         from hvpfast.backends.triton.tangents import quadratic
 
         with self._running("quadratic", tangents.shape[1]):
             return quadratic(self._lin, tangents, ggn)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        """d sum_k <u_mk, H_m v_mk> / d params_m, (M, P)."""
         from hvpfast.backends.triton.third_order import hvp_vjp
 
         with self._running("hvp_vjp", tangents.shape[1]):
             return hvp_vjp(self._lin, tangents, cotangents, ggn)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> TritonModelsPenalty:
-        """(1/K) sum_k ||H_m v_mk||^2 for probes (M, K, P) or their source."""
         from hvpfast.backends.probes.triton import draw_by_triton
         from hvpfast.backends.triton.penalty import Penalty
 
@@ -191,17 +184,14 @@ class TritonModelsPenalty:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,); a new tensor each time."""
         return self._state._lin.loss
 
     @property
     def penalty(self) -> Tensor:
-        """The penalties (M,); a new tensor each time."""
         self._hidden.used()
         return self._penalty.value.to(self._state._lin.like.dtype, copy=True)
 
     def gradient(self, g_loss: float | Tensor, g_penalty: float | Tensor) -> Tensor:
-        """d(g_loss * loss + g_penalty * penalty) / d params of each model, (M, P)."""
         self._hidden.used()
         with self._state._running("penalty gradient", self._penalty.K):
             return self._penalty.gradient(g_loss, g_penalty)
@@ -223,7 +213,7 @@ class TritonState(OneModel[TritonModelsState]):
 
     @property
     def normalizer(self) -> float:
-        """What the sum of losses was divided by; waits for the device."""
+        """Read from the device, which waits for it."""
         return float(self._models.normalizers[0])
 
     def _no_exact(self, kind: str) -> NotImplementedError:
