@@ -244,7 +244,6 @@ def test_words_for_numbers() -> None:
     assert words.change(-0.25, "difference") == "-0.2500"
     assert words.change(0.25, "ratio") == "×0.25"
     assert words.count(1, "seed") == "1 seed"
-    assert words.table_head(["a", "b", "c"], words=["c"]) == "| a | b | c |\n| --- | ---: | --- |"
     assert words.wrap("# A\nb\nc\n\n- d\n  e\n| f |\n") == "# A\nb c\n\n- d e\n| f |\n"
 
 

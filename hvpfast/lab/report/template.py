@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ FILTERS = (
 )  # fmt: skip
 
 
-def table(
-    names: Sequence[str], lines: Iterable[Sequence[str]], words_in: Sequence[str] = ()
-) -> str:
-    """Return a table, numbers to the right; the first column and those in `words_in` are not."""
-    return "\n".join([words.table_head(names, words_in), *(words.table_line(*l) for l in lines)])
-
-
 def environment(folder: Path) -> Environment:
     """Return what renders the templates of a folder; they can import ``macros.md.jinja``."""
     found = Environment(
@@ -34,7 +26,7 @@ def environment(folder: Path) -> Environment:
     )
     functions = {function.__name__: function for function in FILTERS}
     found.filters.update(functions)
-    found.globals.update({**functions, "table": table, "NONE": words.NONE})
+    found.globals.update(functions)
     return found
 
 
@@ -42,7 +34,7 @@ def render(path: Path, **names: Any) -> str:
     """Return the Markdown of a template, its paragraphs and list items wrapped.
 
     Templates have the functions of ``words.py`` (number, percent, spread, change, effect, interval,
-    p_value, count) as filters and as functions, and `table`. A name that is missing is an error.
+    p_value, count) as filters and as functions. A name that is missing is an error.
     """
     return words.wrap(environment(path.parent).get_template(path.name).render(names))
 

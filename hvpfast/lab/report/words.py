@@ -1,9 +1,9 @@
-"""Numbers, intervals and tables as words of a report."""
+"""Numbers and intervals as words of a report, and its paragraphs wrapped."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from hvpfast.lab.report.statistics import MAX_EXACT_PAIRS
@@ -61,17 +61,6 @@ def p_value(found: Mapping[str, Any], name: str = "p") -> str:
 def count(quantity: int, singular: str, plural: str = "") -> str:
     """Return a number with its noun: 1 seed, 2 seeds."""
     return f"{quantity} {singular if quantity == 1 else plural or singular + 's'}"
-
-
-def table_line(*cells: str) -> str:
-    """Return one line of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def table_head(names: Sequence[str], words: Sequence[str] = ()) -> str:
-    """Return the head of a table, numbers to the right; the first column and `words` are not."""
-    dashes = ["---" if i == 0 or n in words else "---:" for i, n in enumerate(names)]
-    return f"{table_line(*names)}\n{table_line(*dashes)}"
 
 
 def wrap(markdown: str, width: int = 100) -> str:
