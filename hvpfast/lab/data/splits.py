@@ -31,6 +31,10 @@ class Split:
     x: torch.Tensor
     y: torch.Tensor
 
+    def part(self, index: slice | torch.Tensor) -> Split:
+        """Return the samples of a slice or of given numbers."""
+        return Split(self.x[index], self.y[index])
+
 
 @dataclass(frozen=True)
 class Data:

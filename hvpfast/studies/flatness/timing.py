@@ -21,7 +21,7 @@ from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure.timing import estimate, interleave
 from hvpfast.lab.measure.torch_baseline import squared_products
 from hvpfast.studies.flatness.config import Config
-from hvpfast.studies.flatness.train import Network, step_gradient
+from hvpfast.studies.flatness.train import Network, batch_of, step_gradient, steps_per_epoch
 
 METHODS = ("plain", "penalised", "torch-plain", "torch-penalised")
 WEIGHT = 0.01
@@ -102,19 +102,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).double().norm() / expected.double().norm())
 
 
-def batch_of(config: Config, data: Data, i: int) -> Split:
-    """Return batch i of the train split, which is not shuffled."""
-    part = slice(i * config.batch_size, (i + 1) * config.batch_size)
-    return Split(data.train.x[part], data.train.y[part])
-
-
 def timing_rows(
     config: Config, data: Data, make: Callable[[int], Network]
 ) -> Iterator[dict[str, Any]]:
     """Time a step by each method; the seconds are medians over the rounds."""
-    batches = itertools.cycle(
-        [batch_of(config, data, i) for i in range(len(data.train.y) // config.batch_size)]
-    )
+    num = steps_per_epoch(config, len(data.train.y))
+    batches = itertools.cycle([batch_of(config, data, i) for i in range(num)])
     seeds = itertools.count()
     calls = {
         method: partial(one_step, stepper(config, make, method), batches, seeds)

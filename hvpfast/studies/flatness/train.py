@@ -198,7 +198,7 @@ def train(config: Config, data: Data, net: Network, lam: float, seed: int) -> Tr
             probed: list[tuple[float, float, float]] = []
             for i in range(per_epoch):
                 index = order[i * config.batch_size : (i + 1) * config.batch_size]
-                batch = Split(data.train.x[index], data.train.y[index])
+                batch = data.train.part(index)
                 probe_seed = fold(config.root_seed, "probes", seed, next(steps))
                 loss, penalty = step_gradient(net, batch, weight, num_probes, probe_seed)
                 optimizer.step()
@@ -226,7 +226,7 @@ def probe_thrice(
     num, size = config.num_hutchinson_samples, config.batch_size
     fresh = fold(probe_seed, "fresh")
     start = i * size % max(1, len(data.val.y) - size + 1)
-    unseen = Split(data.val.x[start : start + size], data.val.y[start : start + size])
+    unseen = data.val.part(slice(start, start + size))
     return (
         flatness(net, batch, num, probe_seed),
         flatness(net, batch, num, fresh),
@@ -239,6 +239,11 @@ def steps_per_epoch(config: Config, num_train: int) -> int:
     return num_train // config.batch_size
 
 
+def batch_of(config: Config, data: Data, i: int) -> Split:
+    """Return batch i of the train split, which is not shuffled."""
+    return data.train.part(slice(i * config.batch_size, (i + 1) * config.batch_size))
+
+
 def epoch_row(config: Config, data: Data, net: Network, seed: int, epoch: int) -> dict[str, Any]:
     """Return a point of the curve: held-out loss and accuracy, and Tr(H^2) / B by fresh probes."""
     loss, accuracy = score(net.model, data.val)
@@ -246,8 +251,7 @@ def epoch_row(config: Config, data: Data, net: Network, seed: int, epoch: int) -
         raise Diverged
     values = []
     for i in range(min(FLATNESS_BATCHES, steps_per_epoch(config, len(data.train.y)))):
-        part = slice(i * config.batch_size, (i + 1) * config.batch_size)
-        batch = Split(data.train.x[part], data.train.y[part])
+        batch = batch_of(config, data, i)
         probe_seed = fold(config.root_seed, "flatness", seed, epoch, i)
         values.append(flatness(net, batch, config.num_hutchinson_samples, probe_seed))
     mean = math.fsum(values) / len(values)

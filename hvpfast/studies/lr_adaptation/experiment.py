@@ -131,8 +131,8 @@ def final_rows(
 
     With `speed_rate` it is trained once more, at that learning rate and until the target.
     """
-    network = spec(config)
-    trained = train(config, data, arm, rate, ("final", seed), order, config.epochs)
+    network, init = spec(config), ("final", seed)
+    trained = train(config, data, arm, rate, init, order, config.epochs)
     for row in trained.epochs:
         yield {"table": "epoch", "arm": arm, "seed": seed, **row}
     final: dict[str, Any] = {"table": "final", "arm": arm, "seed": seed, "learning_rate": rate}
@@ -150,16 +150,7 @@ def final_rows(
         final["test_lowest"], _ = score(trained.model, data.test)
         final["drift"] = final["test_loss"] - final["test_lowest"]
     if speed_rate is not None:
-        fast = train(
-            config,
-            data,
-            arm,
-            speed_rate,
-            ("final", seed),
-            order,
-            config.epochs,
-            stop_at_target=True,
-        )
+        fast = train(config, data, arm, speed_rate, init, order, config.epochs, stop_at_target=True)
         whole = config.epochs * math.ceil(len(data.train.y) / config.batch_size)
         final["speed_rate"] = speed_rate
         final["speed_reached"] = fast.steps_to_target is not None
