@@ -31,7 +31,7 @@ def report(found: Found) -> str:
         jump_ratio=jump_ratio(found["collapse"][found["config"]["sweep"]]),
         one_sided=one_sided(found),
         shown=shown(found["points"]),
-        uniform_value=uniform_value(found["config"]),
+        uniform_value=uniform_value,
     )
 
 
