@@ -11,8 +11,9 @@ from torch import Tensor
 class HiddenMemory:
     """Tensors of a state, made on one stream and read on others too.
 
-    When the state goes, torch's allocator gives their memory to later work of the stream they were
-    made on. Their caller cannot tell it that another stream still reads them: ``used`` does.
+    When the state is freed, torch's allocator gives their memory to later work of the stream they
+    were made on. Callers do not see the tensors, and so cannot tell the allocator that another
+    stream still reads them: :meth:`used` tells it.
 
     Args:
         tensors: on one device, one or more.
@@ -25,7 +26,7 @@ class HiddenMemory:
         self._stream = _current(tensors[0])
 
     def used(self) -> None:
-        """Work on them is about to be queued on the current stream (``Tensor.record_stream``)."""
+        """Tell the allocator that the current stream is about to read them."""
         current = _current(self._tensors[0])
         if current is None or current == self._stream:
             return

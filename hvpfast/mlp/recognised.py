@@ -97,7 +97,7 @@ def _loss_state(loss_fn: Callable[..., Any]) -> object:
     if type(loss_fn) is FunctionType:
         return loss_fn
     if not isinstance(loss_fn, nn.Module):
-        return object()  # a partial: equal to nothing, it is looked at in every call
+        return object()  # a partial: equal to nothing, and recognised anew in every call
     state = loss_fn.__dict__
     weight = state["_buffers"].get("weight")
     return (

@@ -29,7 +29,7 @@ def recording(like: Tensor) -> bool:
 
 
 def check_on_gpu(like: Tensor) -> None:
-    """RuntimeError unless work on ``like`` can be recorded."""
+    """Raise RuntimeError unless work on ``like`` can be recorded."""
     if like.is_cuda:
         return
     reason = "move them with .to('cuda')"
@@ -129,7 +129,7 @@ class Buffers:
 
 
 class Addresses:
-    """Where tensors lay when work on them was recorded."""
+    """The addresses of tensors when work on them was recorded."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tuple(tensors)
@@ -139,7 +139,7 @@ class Addresses:
         return [t.data_ptr() for t in self._tensors]
 
     def check(self) -> None:
-        """RuntimeError if a tensor was given other memory: the recording reads the old."""
+        """Raise RuntimeError if a tensor was given other memory: the recording reads the old."""
         if self._now() != self._addresses:
             raise RuntimeError(
                 "the parameters were given other memory after the recording, which reads the old; "

@@ -15,7 +15,7 @@ import numpy as np
 __all__ = ["SCRATCH", "npz_bytes", "write_whole"]
 
 SCRATCH = ".part-"
-"""How the name of a file begins that is being written; one that stays behind can be deleted."""
+"""How the name of a file begins while it is written; one that is left behind can be deleted."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that an archive can hold
 
@@ -23,16 +23,16 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that an archive can hold
 def write_whole(path: Path, content: str | bytes, mark: str = "") -> None:
     """Write ``path`` so that it holds its old or its new content, never a part of one.
 
-    The content is written beside it, flushed to disk and renamed; text is encoded as UTF-8. What a
-    process that is killed leaves beside it, the next write replaces.
+    The content is written to a scratch file beside it, flushed to disk and renamed; text is encoded
+    as UTF-8. The next write replaces a scratch file that a killed process left.
 
     Args:
         path: the file.
         content: all of it.
-        mark: part of the name beside it, to be different in processes that may write at once.
+        mark: part of the scratch file's name; processes that may write at once have different ones.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the content cannot be written; ``path`` is unchanged.
     """
     scratch = path.with_name(f"{SCRATCH}{mark}{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)

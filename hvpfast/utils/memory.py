@@ -21,7 +21,7 @@ __all__ = [
 
 KEPT_SHARE = 0.5  # of the available memory: what operators keep between products by default
 WORK_SHARE = 0.25  # of the available memory: what one chunk of tangents may take by default
-LARGE_BYTES = 2**30  # from which free memory is looked at before scratch is taken
+LARGE_BYTES = 2**30  # scratch memory above this is compared with the free memory first
 _UNKNOWN = 2 * 2**30  # assumed where the system does not tell
 
 

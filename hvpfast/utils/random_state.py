@@ -15,8 +15,8 @@ __all__ = ["RandomState", "generators_of"]
 class RandomState:
     """State of the global generators (torch, NumPy, ``random``), of a CUDA device, and of others.
 
-    ``with state:`` runs a block from this state and keeps where the block left it; the generators
-    themselves end up as they were before the block.
+    ``with state:`` runs a block from this state, and then holds the state that the block left. The
+    generators themselves are afterwards as they were before the block.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class RandomState:
         self._outer: tuple[Any, ...] | None = None
 
     def copy(self) -> RandomState:
-        """The same state, to be played again."""
+        """The same state, from which the same numbers can be drawn again."""
         other = RandomState.__new__(RandomState)
         other._generators, other._cuda = self._generators, self._cuda
         other._state, other._outer = self._state, None

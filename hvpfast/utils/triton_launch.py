@@ -33,7 +33,7 @@ def unavailable() -> str | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it was asked for: what ahead-of-time compilation needs to know."""
+    """One launch as it was asked for, from which the kernel can be compiled ahead of time."""
 
     kernel: Any
     arguments: tuple[Any, ...]  # tensors, integers and None
@@ -45,7 +45,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; what they would write is left as it is."""
+    """Collect launches instead of running them: nothing is written."""
     global _recorded
     _recorded, before = [], _recorded
     try:
@@ -57,8 +57,8 @@ def recording() -> Iterator[list[Launch]]:
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run ``programs`` programs of a kernel on the current stream of its first tensor's device.
 
-    Multiply-adds are fused unless ``enable_fp_fusion=False``; Triton's own default is another from
-    version to version.
+    Multiply-adds are fused unless ``enable_fp_fusion=False``; Triton's own default differs between
+    its versions.
     """
     constants = {"enable_fp_fusion": True, **constants}
     if _recorded is not None:

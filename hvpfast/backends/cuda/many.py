@@ -1,7 +1,7 @@
 """The CUDA engine on M models of one network: arrays in, arrays out, by address.
 
-Each operation allocates its workspace from torch and queues its kernels. How much it takes is
-asked once per shape: the engine finds it by running the operation without launching anything.
+Each operation allocates its workspace from torch and queues its kernels. The size of the workspace
+is asked once per shape: the engine finds it by running the operation without launching anything.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def _loaded() -> _cuda.Engine:
 def _sizes(
     spec: MLPSpec, dtype: torch.dtype, device: torch.device, M: int, N: int, order: int
 ) -> dict[tuple[str, int, bool, str | None], tuple[int, int]]:
-    """(workspace, kept) bytes of all points of these shapes.
+    """The (workspace, kept) bytes of operations on all points of these shapes.
 
-    By (operation, K, ggn, distribution of the probes that the engine draws).
+    Filled as they are asked for, by (operation, K, ggn, distribution of the probes that are drawn).
     """
     return {}
 
@@ -205,7 +205,7 @@ class CudaModelsState:
     ) -> tuple[_cuda.Where, Tensor, Tensor]:
         """Where an operation runs, its workspace, and the memory that its result keeps.
 
-        ``source``: of the probes that a penalty draws.
+        ``source`` is that of the probes that a penalty draws; without ``keep`` nothing is kept.
 
         The caller holds the workspace until the work is queued: the caching allocator gives its
         memory to later work of the same stream only.

@@ -26,7 +26,7 @@ NAME = "cuda"
 
 @functools.cache
 def unavailable() -> str | None:
-    """None, or why the engine cannot be used; asked once, and not before it is needed."""
+    """None, or why the engine cannot be used; found once, when first asked for."""
     module = cuda_models.engine()
     if isinstance(module, str):
         return module

@@ -15,7 +15,7 @@ PIECEWISE_LINEAR = ("identity", "relu")  # act'' = act''' = 0 almost everywhere
 
 @triton.jit
 def identity_jet(z):
-    """Z itself."""
+    """The identity: ``act(z) = z``."""
     one, zero = tl.full(z.shape, 1, z.dtype), tl.full(z.shape, 0, z.dtype)
     return z, one, zero, zero
 
@@ -29,7 +29,7 @@ def relu_jet(z):
 
 @triton.jit
 def sigmoid_jet(z):
-    """S = 1 / (1 + exp(-z)) with e = exp(-|z|): s' = e / (1 + e)^2, |1 - 2 s| = (1 - e) / (1 + e).
+    """``s = 1 / (1 + exp(-z))``; e = exp(-|z|), s' = e / (1 + e)^2, |1 - 2 s| = (1 - e) / (1 + e).
 
     Never from s itself: s (1 - s) loses the small digits of a saturated unit.
     """
@@ -43,7 +43,7 @@ def sigmoid_jet(z):
 
 @triton.jit
 def tanh_jet(z):
-    """T = tanh(z) with e = exp(-2 |z|); near 0 a rational form keeps the relative error small."""
+    """``t = tanh(z)``, e = exp(-2 |z|); near 0 a rational form keeps the relative error small."""
     e = tl.exp(-2 * tl.abs(z))
     far = (1 - e) / (1 + e)
     z2 = z * z  # Cephes: |z| < 0.625
@@ -57,7 +57,7 @@ def tanh_jet(z):
 
 @triton.jit
 def gelu_jet(z):
-    """Z Phi(z), Phi(z) = (1 + erf(z / sqrt 2)) / 2, phi = Phi'."""
+    """``z Phi(z)``, Phi(z) = (1 + erf(z / sqrt 2)) / 2, phi = Phi'."""
     cdf = 0.5 * (1 + tl.erf(z * 0.70710678118654752440))
     c = tl.minimum(tl.maximum(z, -40.0), 40.0)  # phi(40) underflows; larger z would give inf * 0
     z2 = c * c
@@ -67,7 +67,7 @@ def gelu_jet(z):
 
 @triton.jit
 def gelu_tanh_jet(z):
-    """Z (1 + tanh g) / 2, g = c (z + k z^3), c = sqrt(2 / pi), k = 0.044715."""
+    """``z (1 + tanh g) / 2``, g = c (z + k z^3), c = sqrt(2 / pi), k = 0.044715."""
     c: tl.constexpr = 0.79788456080286535588
     ck: tl.constexpr = 0.79788456080286535588 * 0.044715
     x = tl.minimum(tl.maximum(z, -40.0), 40.0)  # 1 - tanh(g)^2 underflows beyond
@@ -84,14 +84,14 @@ def gelu_tanh_jet(z):
 
 @triton.jit
 def silu_jet(z):
-    """Z s(z), s the logistic function."""
+    """``z s(z)``, s the logistic function."""
     s, d1, d2, d3 = sigmoid_jet(z)
     return z * s, s + z * d1, 2 * d1 + z * d2, 3 * d2 + z * d3
 
 
 @triton.jit
 def softplus_jet(z):
-    """log(1 + exp z); z itself beyond 20, the threshold of torch.nn.Softplus."""
+    """``log(1 + exp z)``; z itself beyond 20, the threshold of torch.nn.Softplus."""
     s, d1, d2, _d3 = sigmoid_jet(z)
     # log(1 + e) = 2 artanh(r), r = e / (2 + e) <= 1/3: no digits of a small e are lost
     e = tl.exp(-tl.abs(z))

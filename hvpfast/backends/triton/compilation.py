@@ -58,7 +58,7 @@ class Problem:
     M: int
     N: int
     K: int
-    ggn: bool = False  # of the ggn too, beside the Hessian
+    ggn: bool = False  # products of the ggn too, beside those of the Hessian
     precision: str = "ieee"  # of float32 products
 
 
@@ -155,7 +155,7 @@ def _parameters(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _size(key: tuple[str, str, int]) -> tuple[int, int]:
-    """By which variants are sorted: terms that are there, entries of a tile."""
+    """The order of variants: terms that are there, then entries of a tile."""
     absent = re.match(r"without (\S+)", key[1])
     entries = math.prod(int(n) for n in re.findall(r"(?:ROWS|COLUMNS|CLASSES)=(\d+)", key[1]))
     return -(absent[1].count(",") + 1) if absent else 0, entries
@@ -204,7 +204,7 @@ def compiled(launch: Launch, capability: int) -> Any:
 
 
 def record(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecord:
-    """What the binary of a launch says; raises as :func:`compiled`."""
+    """What the binary of a launch says; the errors are those of :func:`compiled`."""
     binary = compiled(launch, capability)
     registers, code = _disassembled(binary.asm["cubin"])
     return KernelRecord(

@@ -1,9 +1,9 @@
 """Products that torch's GEMMs do faster than the fused kernels, and when that is.
 
-The fused kernels save the traffic of an epilogue and a launch. A vendor library reaches more of
-the peak on large products, and splits long sums over multiprocessors that would be idle. torch
-multiplies in full precision or not at all: with TF32 switched on it is left out. Beside products in
-tf32x3, whose peak is above that of full precision, it has the long sums only.
+The fused kernels save the memory traffic of an epilogue, and a launch. A vendor library reaches
+more of the peak on large products, and splits long sums over multiprocessors that would be idle.
+Products are left to torch in full precision only: never where TF32 is switched on. Of products in
+tf32x3, whose peak is above that of full precision, only the long sums are left to torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def multiply_each(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def sum_over_samples(terms: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    """Out = sum over terms of A' B for rows A (n, d), B (n, c), out (d, c) contiguous."""
+    """``out`` = sum over terms of A' B for rows A (n, d), B (n, c), out (d, c) contiguous."""
     for i, (a, b) in enumerate(terms):
         if i == 0:
             torch.mm(a.T, b, out=out)

@@ -1,12 +1,12 @@
 """Kernels of one layer: primal, tangent and mixed passes, each with its elementwise epilogue.
 
 M models, N samples, widths D[l], K tangents; k counts the M K tangents of all models, and belongs
-to model m = k // K. Streams are (M, K, N, D[l]), residuals (M, N, D[l]), contiguous; a
-model's parameters start ``params_m`` after those of the model before (0: one model), tangents ``P``
-after each other (mixed passes: v_k, u_k), the activations below ``below_m`` (0: an input shared).
+to model m = k // K. Streams are (M, K, N, D[l]), residuals (M, N, D[l]), contiguous. Strides, in
+entries: ``params_m`` between the parameters of models (0: one model), ``P`` between tangents (mixed
+passes: ``v_k`` and ``u_k``), ``below_m`` between models' activations below (0: a shared input).
 
-Pointers that are None stand for terms that are absent. Where torch multiplied the matrices
-(``gemm.py``), ``sums`` (num_sums, M or M K, N, D[l]) holds the products, ``sums_t`` apart.
+A pointer that is None stands for a term that is absent. Where torch multiplied the matrices
+(``gemm.py``), ``sums`` (num_sums, M or M K, N, D[l]) holds the products, ``sums_t`` entries apart.
 """
 
 from __future__ import annotations

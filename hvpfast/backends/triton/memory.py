@@ -27,7 +27,7 @@ def explained(spec: MLPSpec, M: int, x: Tensor, operation: str, K: int = 0) -> I
     """Around an operation with K tangents of M models on samples x (.., N, D[0]).
 
     Raises:
-        MemoryError: the device's memory ran out; the message says how much about was wanted, how
+        MemoryError: the device's memory ran out; the message says about how much was wanted, how
             much is free, and how many tangents, or samples of a linearization, fit.
     """
     try:

@@ -13,12 +13,12 @@ Layers = list[Tensor | None]  # one entry per layer l = 0..L; None where there i
 
 
 def no_layers(L: int) -> Layers:
-    """Nothing for each layer yet."""
+    """One None per layer 0..L."""
     return [None] * (L + 1)
 
 
 def given(t: Tensor | None) -> Tensor:
-    """What is there by construction."""
+    """The tensor, which is there by construction."""
     assert t is not None
     return t
 
@@ -49,7 +49,7 @@ class Rows:
     Args:
         layout: of the network.
         values: (R, P) contiguous, or the tensors ``[W1, b1, ...]`` of one row.
-        first: entries that rows lack in front: (R, P - first).
+        first: number of leading entries that the rows lack: they are (R, P - first).
 
     Attributes:
         W, b: per layer l = 1..L (R, D[l], D[l-1]) and (R, D[l]) or None; entry 0 is not used.

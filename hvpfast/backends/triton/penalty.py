@@ -5,9 +5,9 @@ of u = H v is never formed: G = z_bar_dot_1 gives u_1 = [X 1]' G, and
 
     ||u_1||^2 = <G, Gamma G>,   u_1 [x; 1] = Gamma G,   Gamma = X X' + 1 1'   (exact)
 
-Normal probes have all layers, where csrc/cpu/penalty-inl.h draws the first layer's N(0, Gamma):
-to factor Gamma takes N steps one after the other, on a GPU a microsecond each or more. At N = 64,
-3072-256 that is what drawing V_1 and multiplying by it takes for some fifteen probes.
+Normal probes are drawn for all layers; csrc/cpu/penalty-inl.h draws N(0, Gamma) for the first one.
+Factoring Gamma takes N steps one after the other, each a microsecond or more on a GPU: at N = 64,
+3072-256 as long as drawing V_1 and multiplying by it take for some fifteen probes.
 """
 
 from __future__ import annotations

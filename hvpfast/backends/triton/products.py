@@ -2,7 +2,7 @@
 
     out_W (D[l], D[l-1]) = sum over terms, samples n of A(n, :)' B(n, :),    out_b = sum_n A_0(n, :)
 
-Indices and strides as in layers.py; outputs lie ``P`` after each other.
+Indices and strides are those of layers.py; outputs lie ``P`` entries apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hvpfast.backends.triton.tiles import DEPTH, add_product, own_tile
 
 @triton.jit
 def _add_samples(sum, a, b, rows, columns, i, j, N, PRECISION: tl.constexpr):
-    """Sum + A' B for A (N, rows) at a, B (N, columns) at b."""
+    """``sum`` + A' B for A (N, rows) at a, B (N, columns) at b."""
     return add_product(sum, a, 1, rows, b, columns, 1, rows, columns, i, j, N, PRECISION)
 
 
@@ -106,7 +106,7 @@ def gram_layer(
     N, d, K, gram_m,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out = Gamma z_bar_dot_1 for Gamma = X X' + 1 1' (N, N), ``gram_m`` apart: u_1 [x; 1].
+    """``out`` = Gamma z_bar_dot_1 for Gamma = X X' + 1 1' (N, N), ``gram_m`` apart: u_1 [x; 1].
 
     norms (M K, tiles) takes each tile's part of ||u_1||^2 = <z_bar_dot_1, Gamma z_bar_dot_1>.
     """

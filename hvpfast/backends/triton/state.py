@@ -1,8 +1,8 @@
 """Triton kernels on CUDA devices: the layers of csrc/cpu fused with their epilogues.
 
-Triton is imported when a state is first made, not before. With TRITON_INTERPRET=1 in the
-environment before this module is imported, Triton's interpreter runs the same kernels on CPU
-tensors, for tests: slowly, and only where this backend is named (``NAMED_ONLY``).
+Triton is imported when a state is first made, not before. Where TRITON_INTERPRET=1 is set before
+this module is imported, Triton's interpreter runs the same kernels on CPU tensors, for tests:
+slowly, and only where this backend is named (``NAMED_ONLY``).
 
 One engine serves one model and M models at once: everything inside has the models in front.
 """
@@ -80,7 +80,7 @@ def linearize_models(
 class TritonModelsState:
     """M models of one network, each at its own point; K tangents are (M, K, P).
 
-    Where memory runs out every operation raises MemoryError, which says what fits.
+    Every operation raises MemoryError where memory runs out; the message says what fits.
     """
 
     __slots__ = ("_hidden", "_labels_checked", "_lin", "_y")
@@ -198,7 +198,7 @@ class TritonModelsPenalty:
 
 
 class TritonState(OneModel[TritonModelsState]):
-    """One model at its point: the state of one of M = 1 models."""
+    """One model at its point: M = 1 of many."""
 
     __slots__ = ()
 

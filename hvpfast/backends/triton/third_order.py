@@ -14,7 +14,7 @@ linear, so it is summed over k as it is formed and meets every W once:
                            + sum_k (z_bar_u_l' a_v_{l-1} + z_bar_v_l' a_u_{l-1})
               out_b_l    = sum over samples of z_bar_uv_l
 
-For the ggn without the forward pass and whatever carries z_uv, a_uv, a_bar or s2. Adding
+For the ggn the forward pass and all terms with z_uv, a_uv, a_bar or s2 are absent. Adding
 g z_bar_L to z_bar_uv_L adds g dloss/dparams to the result.
 """
 

@@ -24,7 +24,7 @@ _WHOLE_DEVICE = 264  # programs that keep an H100 (132 multiprocessors) busy
 def tile_of(rows: int, columns: int, batch: int, largest: int) -> Tile:
     """The tile for ``batch`` outputs (rows, columns), of at most ``largest`` rows and columns.
 
-    Above 32 only where there are enough of them.
+    It exceeds 32 only where there are enough such tiles to keep the device busy.
     """
     side = largest
     if batch * triton.cdiv(rows, 64) * triton.cdiv(columns, 64) < _WHOLE_DEVICE:
@@ -61,7 +61,7 @@ def add_product(
     sum, a, a_row, a_depth, b, b_depth, b_column, rows, columns, i, j, depth,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum + A B for rows i, columns j: A[i, d] at a + i a_row + d a_depth, B[d, j] likewise."""
+    """``sum`` + A B for rows i, columns j: A[i, d] at a + i a_row + d a_depth, B[d, j] likewise."""
     inner = tl.arange(0, DEPTH)
     a_tile = a + i.to(tl.int64)[:, None] * a_row + inner[None, :] * a_depth
     b_tile = b + inner[:, None] * b_depth + j.to(tl.int64)[None, :] * b_column
