@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import helpers
+import device
 import pytest
 import torch
-from helpers import one_thread
+from device import one_thread
 
 import hvpfast as hf
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    helpers.DEVICE = torch.device(config.getoption("--device"))
+    device.DEVICE = torch.device(config.getoption("--device"))
     path = config.getoption("--outcomes")
     if path is not None and not hasattr(config, "workerinput"):  # one writer, also under xdist
         config.pluginmanager.register(Outcomes(path))

@@ -11,7 +11,8 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from dense import close, dense, tangents
-from models import small
+from estimates import METHODS, TRUTH, number
+from networks import small
 from spectra import matrix, rotated, trained
 from torch import Tensor
 
@@ -31,32 +32,7 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import NonFiniteProductError
 
-TRUTH = {
-    "trace": lambda A: A.trace(),
-    "frobenius_sq": lambda A: A.square().sum(),
-    "frobenius_norm": lambda A: A.norm(),
-    "diagonal": lambda A: A.diagonal(),
-    "row_norms_sq": lambda A: A.square().sum(1),
-}
-METHODS = [
-    (trace, "hutchinson"),
-    (trace, "hutch++"),
-    (trace, "na-hutch++"),
-    (trace, "xtrace"),
-    (frobenius_sq, "hutchinson"),
-    (frobenius_sq, "deflated"),
-    (frobenius_norm, "hutchinson"),
-    (frobenius_norm, "deflated"),
-    (diagonal, "hutchinson"),
-    (diagonal, "xdiag"),
-    (row_norms_sq, "hutchinson"),
-]
 IDS = [f"{estimator.__name__}-{method}" for estimator, method in METHODS]
-
-
-def number(value: Any) -> Tensor:
-    """A float or a tensor as a float64 tensor."""
-    return torch.as_tensor(value, dtype=torch.float64)
 
 
 each_method = pytest.mark.parametrize(("estimator", "method"), METHODS, ids=IDS)

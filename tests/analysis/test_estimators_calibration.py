@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from estimates import METHODS, TRUTH, number
 from spectra import matrix, trained
-from test_estimators import METHODS, TRUTH, number
 from torch import Tensor
 
 import hvpfast as hf

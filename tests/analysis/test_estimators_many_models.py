@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import dense_ggn, dense_hessian
+from oracle import dense_ggn, dense_hessian
 from torch import Tensor
 
 import hvpfast as hf

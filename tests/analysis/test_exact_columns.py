@@ -8,9 +8,9 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from dense import close, tangents
-from models import small
+from estimates import TRUTH, number
+from networks import small
 from spectra import matrix, trained
-from test_estimators import TRUTH, number
 from torch import Tensor, nn
 
 import hvpfast as hf

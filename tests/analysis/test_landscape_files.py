@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from child_processes import jobs, until
 from dense import classes, perceptron
-from killing import jobs, until
 from planes import small_plane
 from torch import Tensor, nn
 

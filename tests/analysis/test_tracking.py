@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from child_processes import jobs, until
 from dense import classes, dense, perceptron, redraw
-from killing import jobs, until
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

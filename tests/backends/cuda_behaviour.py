@@ -6,14 +6,14 @@ machines and addresses are made up, on emulated kernels only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import helpers
+import device
 import pytest
 import torch
 from cases import DTYPES, FEW, Case, with_dtype
-from helpers import place
-from test_conformance import placed
+from cuda_problems import LAUNCH, SPECS, WIDE, models, operations
+from device import place, placed
 from torch import Tensor
 
 import hvpfast as hf
@@ -27,7 +27,7 @@ assert not isinstance(ENGINE, str)
 emulated_only = pytest.mark.skipif(
     not ENGINE.emulated, reason="what it makes up exists on emulated kernels only"
 )
-MEMORY, DRIVER, NO_DEVICE, LAUNCH = 2, 35, 100, 719  # cudaError_t
+MEMORY, DRIVER, NO_DEVICE = 2, 35, 100  # cudaError_t
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,9 @@ def test_drawn_probes_are_the_same_bits(
     params = torch.randn(M, spec.num_params, generator=g, dtype=dtype)
     source = ProbeSource(K, distribution, seed, 7)
     given = probe_rows(ProbeSource(M * K, distribution, seed, 7), spec.num_params, dtype)
-    state = cuda.linearize_models(spec, *(t.to(helpers.DEVICE) for t in (params, *data)), 3)
+    state = cuda.linearize_models(spec, *(t.to(device.DEVICE) for t in (params, *data)), 3)
     drawn, rows = (
-        state.penalty(probes, False) for probes in (source, given.view(M, K, -1).to(helpers.DEVICE))
+        state.penalty(probes, False) for probes in (source, given.view(M, K, -1).to(device.DEVICE))
     )
     in_blocks = distribution == "rademacher" and "inside one launch" in state.explain()[0]
     assert (drawn._kept.nbytes < given.nbytes) == in_blocks  # nothing is kept of what they draw
@@ -80,27 +80,6 @@ def test_shared_memory_near_what_blocks_have_unasked(sizes: tuple[int, ...], N: 
         lambda lin: hf.penalty(lin, q.tangents)[2],
     ):
         torch.testing.assert_close(call(lin), call(reference), rtol=1e-3, atol=1e-4)
-
-
-def operations(case: Case) -> list[tuple[str, Callable[[], Tensor]]]:
-    """Every operation from linearize on."""
-    q = placed(case)
-    V, U = q.tangents, q.cotangents
-
-    def lin() -> hf.Linearization:
-        return hf.linearize(case.spec, q.params, q.x, q.y, backend="cuda")
-
-    return [
-        ("gradient", lambda: lin().grad),
-        ("hvp", lambda: hf.hvp(lin(), V)),
-        ("quadratic", lambda: hf.quadratic_form(lin(), V)),
-        ("hvp_vjp", lambda: hf.hvp_vjp(lin(), V, U)),
-        ("penalty", lambda: hf.penalty(lin(), V)[2]),
-        ("drawn penalty", lambda: hf.penalty(lin(), num_probes=2, seed=1)[2]),
-    ]
-
-
-WIDE = Case(hf.MLPSpec((300, 70, 5), "tanh"), 20)
 
 
 @emulated_only
@@ -142,30 +121,6 @@ def test_device_problems_are_named() -> None:
     ENGINE.fail_call(2, LAUNCH)
     with pytest.raises(RuntimeError, match="cudaGetDeviceCount"):
         ENGINE.device_problem()
-
-
-def models(M: int, shared: bool, dtype: torch.dtype, spec: hf.MLPSpec) -> list[list[Tensor]]:
-    """[params, x, y, V, U] of M models, K = 3."""
-    g = torch.Generator().manual_seed(M)
-    N, K, P = 9, 3, spec.num_params
-    data = () if shared else (M,)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    if spec.loss == "mse":
-        y = randn(*data, N, spec.sizes[-1])
-    else:
-        y = torch.randint(0, spec.sizes[-1], (*data, N), generator=g)
-    tensors = (0.3 * randn(M, P), randn(*data, N, spec.sizes[0]), y, randn(M, K, P), randn(M, K, P))
-    return [place(t) for t in tensors]
-
-
-SPECS = [
-    hf.MLPSpec((6, 8, 3), "tanh", class_weights=(0.5, 2.0, 1.0), label_smoothing=0.1),
-    hf.MLPSpec((6, 9, 5, 2), "relu", "mse"),
-    hf.MLPSpec((200, 90, 4), "silu"),
-]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: "-".join(map(str, s.sizes)))

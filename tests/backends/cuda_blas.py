@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, Case, problem, with_dtype
-from cuda_behaviour import LAUNCH, SPECS, WIDE, models, operations
 from cuda_emulated import STAND_IN, stand_in, use_blas
+from cuda_problems import LAUNCH, SPECS, WIDE, models, operations
 from torch import Tensor
 
 import hvpfast as hf

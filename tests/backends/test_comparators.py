@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import FEW, problem
-from helpers import assert_within_reference_error, dense_ggn, dense_hessian, oracle
+from oracle import assert_within_reference_error, dense_ggn, dense_hessian, oracle
 from torch import Tensor
 
 TRUTH = torch.linspace(-3, 4, 30, dtype=torch.float64).reshape(10, 3)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends_here import skip_without
 from cases import DTYPES, Case
-from test_conformance import linearize, placed, refusal
-from test_conformance import test_conformance as conforms
+from conformance import assert_conforms, linearize
+from device import placed
 
 import hvpfast as hf
 
 SPEC = hf.MLPSpec((512, 512, 512, 10), "gelu")
 CASE = Case(SPEC, 256, 2, torch.float32)
 
-pytestmark = pytest.mark.skipif(
-    (reason := refusal("cuda", CASE)) is not None, reason=f"cuda: {reason}"
-)
+skip_without("cuda", CASE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_products_are_right(dtype: torch.dtype) -> None:
     """By cuBLAS, where there is one: judged like all others, in full precision."""
-    conforms("cuda", Case(SPEC, 256, 2, dtype))
+    assert_conforms("cuda", Case(SPEC, 256, 2, dtype))
 
 
 def test_cublas_runs_where_torch_has_it() -> None:

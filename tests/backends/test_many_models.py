@@ -7,26 +7,25 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from backends_here import BACKENDS, refusal
 from cases import CASES, FEW, SEED, Case, with_dtype
-from helpers import assert_within_reference_error, expectations, one_thread, place
+from conformance import CURVATURES, WEIGHTS
+from device import one_thread, place
 from many_models import Models, few, linearize, models
-from test_conformance import refusal
+from oracle import assert_within_reference_error, expectations
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.backends import BACKENDS
+from hvpfast.backends import BACKENDS as TABLE
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.mlp.spec import ACTIVATIONS
 
-CURVATURES = ("hessian", "ggn")
-WEIGHTS = (0.75, 1.5)
 ALONE = ("cpu", "reference")  # backends on which a model gives the same bits alone
 # Each activation, loss, depth and option; one batch of more than one tile, one wide first layer.
 SOME = [with_dtype(case, dtype) for case in FEW for dtype in (torch.float32, torch.float64)] + [
     case for case in CASES if case.dtype == torch.float32 and case.N in (129, 450)
 ]
-RUNNING = [name for name, reason in hf.available().items() if reason is None]
-on_each = pytest.mark.parametrize("backend", RUNNING)
+on_each = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def operations(
@@ -70,16 +69,17 @@ def value(results: dict[str, Tensor], key: str) -> Tensor:
 
 
 def runs() -> list[object]:
+    """Case by case, every backend that runs it."""
     params = []
     for i, case in enumerate(SOME):
         for name in BACKENDS:
-            reason = refusal(name, case)
+            if refusal(name, case) is not None:
+                continue  # test_conformance.py says why
             if name == "reference" and case.dtype != torch.float64:
                 continue  # there the oracle has the same errors by definition
-            skip = pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}")
             shared = i % 2 == 1, i // 2 % 2 == 1
             label = f"{name}-{case}-{'x' if shared[0] else ''}{'y' if shared[1] else ''}shared"
-            params.append(pytest.param(name, case, *shared, marks=skip, id=label))
+            params.append(pytest.param(name, case, *shared, id=label))
     return params
 
 
@@ -130,11 +130,11 @@ def test_conformance(backend: str, case: Case, x_shared: bool, y_shared: bool) -
 
 
 def test_every_backend_is_in_the_matrix() -> None:
-    assert set(BACKENDS) == set(hf.available())
+    assert set(TABLE) == set(hf.available())
     assert {case.spec.activation for case in SOME} >= set(ACTIVATIONS)
 
 
-@pytest.mark.skipif("cpu" not in RUNNING, reason=str(hf.available()["cpu"]))
+@pytest.mark.skipif("cpu" not in BACKENDS, reason=str(hf.available()["cpu"]))
 @pytest.mark.parametrize("M", [1, 2, 7])
 def test_cpu_bits_do_not_depend_on_threads(M: int) -> None:
     spec = hf.MLPSpec((40, 32, 10), "tanh")
@@ -155,7 +155,7 @@ def test_cpu_bits_do_not_depend_on_threads(M: int) -> None:
 @pytest.mark.parametrize(
     ("backend", "sizes"),
     # wide on the cpu backend, which does not form the first layer then
-    [(name, (6, 5, 3)) for name in RUNNING] + [("cpu", (300, 60, 4))] * ("cpu" in RUNNING),
+    [(name, (6, 5, 3)) for name in BACKENDS] + [("cpu", (300, 60, 4))] * ("cpu" in BACKENDS),
 )
 @pytest.mark.parametrize("distribution", ["rademacher", "normal"])
 def test_sources_are_numbered_through(

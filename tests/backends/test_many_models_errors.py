@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends_here import BACKENDS
 from many_models import Models, few, linearize
 from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.mlp.checks import check_models
 
-on_each = pytest.mark.parametrize(
-    "backend", [name for name, reason in hf.available().items() if reason is None]
-)
+on_each = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture

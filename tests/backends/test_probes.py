@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from backends_here import on_gpu, skip_without_gpu
 
 import hvpfast as hf
 from hvpfast.backends.probes import draw as drawing
@@ -228,10 +229,10 @@ def test_a_gpu_draws_its_own_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("distribution", on_gpu(DISTRIBUTIONS))
+@pytest.mark.parametrize("dtype", on_gpu([torch.float32, torch.float64, torch.float16]))
 def test_probes_of_a_gpu_are_those_of_the_cpu(distribution: str, dtype: torch.dtype) -> None:
+    skip_without_gpu()
     source = ProbeSource(3, distribution, 2**64 - 5, 11)
     assert torch.equal(
         probe_rows(source, 1001, dtype, "cuda").cpu(), probe_rows(source, 1001, dtype)

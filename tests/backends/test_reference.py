@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import FEW, Case, problem
-from helpers import dense_ggn, dense_hessian
+from oracle import dense_ggn, dense_hessian
 from torch import Tensor, nn
 
 import hvpfast as hf

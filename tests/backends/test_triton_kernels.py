@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends_here import skip_without
 from cases import Case, problem
-from helpers import assert_within_reference_error, oracle
+from oracle import assert_within_reference_error, oracle
 from torch import Tensor
 
 import hvpfast as hf
@@ -19,8 +20,7 @@ from hvpfast.backends.triton import state as triton
 from hvpfast.mlp.spec import ACTIVATION_TABLE, ACTIVATIONS
 from hvpfast.utils import triton_launch
 
-_reason = hf.available()["triton"]
-pytestmark = pytest.mark.skipif(_reason is not None, reason=f"triton: {_reason}")
+skip_without("triton")
 DEVICE = torch.device("cpu" if triton_launch.INTERPRETED else "cuda")
 CURVATURES = ("hessian", "ggn")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends_here import skip_without_gpu
 
 from hvpfast.bench import gpu_peak, marks, report, runner
 from hvpfast.bench.cases import DEVICE_CASES, QUICK_CASES, build
@@ -166,8 +167,8 @@ def test_training_steps_of_peers_pass_the_gate(provider: str) -> None:
         assert gate.judge(prepared, PROVIDERS[provider].kind).ok
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_quick_run_on_the_gpu() -> None:
+    skip_without_gpu()
     settings = Settings(quick=True, device="cuda", rounds=1)
     result = runner.run_bench(settings, io.StringIO())
     bad = [r for r in result["rows"] if r["status"] in ("wrong", "failed")]

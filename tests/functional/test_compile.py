@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, problem
-from models import Penalised, mlp_of
+from networks import Penalised, mlp_of
 from torch import Tensor, nn
 
 import hvpfast as hf

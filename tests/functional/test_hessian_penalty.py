@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from backends_here import BACKENDS
 from cases import FEW, Case, problem, with_dtype
-from helpers import assert_within_reference_error, dense_hessian, oracle
-from models import BACKENDS, Small, gradients, loss_module, mlp_of, small
+from networks import Small, gradients, loss_module, mlp_of, small
+from oracle import assert_within_reference_error, dense_hessian, oracle
 from torch import Tensor, nn
 
 import hvpfast as hf

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends_here import BACKENDS
 from cases import FEW, Case, problem
 from dense import classes, close, convnet, perceptron
-from helpers import loss_of, outputs
-from models import BACKENDS, gradients, loss_module, mlp_of, small
+from networks import gradients, loss_module, mlp_of, small
+from oracle import loss_of, outputs
 from torch import Tensor, nn
 
 import hvpfast as hf

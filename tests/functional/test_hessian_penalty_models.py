@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import dense_hessian
-from models import Small, gradients, small
+from networks import Small, gradients, small
+from oracle import dense_hessian
 from torch import Tensor, nn
 
 import hvpfast as hf

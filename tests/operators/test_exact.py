@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
+from backends_here import BACKENDS
 from cases import FEW, SIZES, Case, problem, with_dtype
 from dense import classes, close, convnet, dense, perceptron
-from helpers import assert_within_reference_error, dense_ggn, dense_hessian, one_thread
-from models import BACKENDS
+from device import one_thread
+from oracle import assert_within_reference_error, dense_ggn, dense_hessian
 from torch import Tensor, nn
 
 import hvpfast as hf

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from dense import tangents
-from models import small
+from networks import small
 from torch import Tensor
 
 import hvpfast as hf

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from killing import interruptible
+from child_processes import interruptible
 
 from hvpfast import __main__ as cli
 from hvpfast.lab import environment

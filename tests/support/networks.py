@@ -1,21 +1,15 @@
-"""Modules and losses of the test cases, and the backends as test parameters."""
+"""Small networks, their losses and what backward leaves in them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from cases import Case, problem
 from torch import Tensor, nn
 
 import hvpfast as hf
-
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=str(reason)))
-    for name, reason in hf.available().items()
-]
 
 Small = tuple[hf.MLP, nn.Module, tuple[Tensor, Tensor]]
 

@@ -5,16 +5,12 @@ err(result) <= 2 * err(torch in the same dtype) + C[dtype] * eps * scale,   err 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+from device import one_thread
 from torch import Tensor, nn
 
 from hvpfast.mlp.module import MLPSpec
 
-# Where the conformance body puts its tensors: pytest's option --device.
-DEVICE = torch.device("cpu")
 # Allowed roundings beyond torch's own error, in units of eps * max|truth|.
 C = {torch.float32: 16.0, torch.float64: 64.0}
 
@@ -28,24 +24,6 @@ ACTIVATION_MODULES: dict[str, nn.Module] = {
     "softplus": nn.Softplus(),
     "identity": nn.Identity(),
 }
-
-
-def place(t: Tensor) -> Tensor:
-    """The tensor on the device of this run, strides included."""
-    if t.device == DEVICE:
-        return t
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: on tensors this small more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def outputs(spec: MLPSpec, flat: Tensor, x: Tensor) -> Tensor:
