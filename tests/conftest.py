@@ -30,12 +30,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", ignore)
 
 
-# Minutes each, a file to a process: begun first, no other process waits for them at the end.
-LONGEST = ("test_cuda_emulated.py", "test_triton.py")
+# Files that take half a minute or more, the longest first. A file runs on one process: what
+# starts first ends while the short ones still fill the other processes.
+LONGEST = (
+    "test_triton_compilation.py",
+    "test_cuda_emulated.py",
+    "test_cuda_build.py",
+    "test_triton.py",
+    "test_conformance.py",
+    "test_compile.py",
+    "test_distributed.py",
+    "test_estimators_calibration.py",
+    "test_spectral.py",
+    "test_sharing.py",
+    "test_cli.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # the rest keeps its order
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))  # the rest keeps its order
 
 
 class Outcomes:
