@@ -31,10 +31,12 @@ CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 study: $(STUDY)/installed
 	$(STUDY)/bin/hvpfast study hessian-norm --preset default
 
-# One line per step, in this order: the cheapest finding comes first, pytest's summary last.
+# The cheapest finding comes first, pytest's summary last. The sanitizers' build needs nothing of the
+# installation but CMake and Ninja: it runs beside the downloads and the linters. The output of each
+# target is printed when it ends, where make can keep it apart.
+APART := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 test:
-	$(MAKE) lint
-	$(MAKE) sanitize
+	$(MAKE) --jobs 2 $(APART) lint sanitize
 	$(MAKE) pytest
 
 bench: $(TEST)/installed
@@ -54,7 +56,7 @@ format: $(TEST)/installed
 # The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer;
 # SANITIZE=thread looks for races instead.
 SANITIZE ?= address,undefined
-sanitize: $(TEST)/installed
+sanitize: $(TEST)/environment-$(STAMP)
 	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DHVPFAST_PYTHON=OFF -DHVPFAST_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build build/sanitize --target sanitize
@@ -62,14 +64,19 @@ sanitize: $(TEST)/installed
 
 # A file's tests stay on one worker: they share what they build. In order: some long ones come early.
 # A worker takes about 1 GB.
-PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+    --durations 25 --durations-min 1
 pytest: $(TEST)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The stamp's name holds PYTHON and TORCH: when one changes, the environment is made anew.
-$(STUDY)/$(STAMP) $(TEST)/$(STAMP):
+$(STUDY)/environment-$(STAMP) $(TEST)/environment-$(STAMP):
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install cmake ninja
+	touch $@
+
+$(STUDY)/$(STAMP) $(TEST)/$(STAMP): %/$(STAMP): %/environment-$(STAMP)
 	$(@D)/bin/pip install '$(TORCH)'
 	touch $@
 
