@@ -2,12 +2,13 @@
 
 from hvpfast import optim
 from hvpfast.analysis import landscape
-from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density
-from hvpfast.analysis.eigen import CGResult, EigenResult, cg_solve, class_gradients, eigsh
-from hvpfast.analysis.estimators import (
-    Estimate,
-    Estimates,
-    ModelsEstimate,
+from hvpfast.analysis.density.quadrature import spectral_density
+from hvpfast.analysis.density.spectrum import SpectralDensity
+from hvpfast.analysis.eigen.cg import CGResult, cg_solve
+from hvpfast.analysis.eigen.result import EigenResult
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.eigen.starts import class_gradients
+from hvpfast.analysis.estimators.estimate import (
     diagonal,
     estimate_all,
     frobenius_norm,
@@ -15,6 +16,8 @@ from hvpfast.analysis.estimators import (
     row_norms_sq,
     trace,
 )
+from hvpfast.analysis.estimators.many_models import ModelsEstimate
+from hvpfast.analysis.estimators.result import Estimate, Estimates
 from hvpfast.analysis.tracking.logger import CurvatureLogger, read_log
 from hvpfast.backends import available
 from hvpfast.backends.probes.draw import probes
@@ -31,8 +34,9 @@ from hvpfast.functional.products import (
     hvp_vjp,
     quadratic_form,
 )
-from hvpfast.mlp.module import MLP, MLPSpec, NotAnMLPError, params_of, spec_of
+from hvpfast.mlp.module import MLP, NotAnMLPError, params_of, spec_of
 from hvpfast.mlp.module_checks import SlowBackendWarning
+from hvpfast.mlp.spec import MLPSpec
 from hvpfast.operators.distributed import DistributedError, shard
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.many_models import ModelsOperator

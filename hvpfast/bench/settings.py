@@ -11,8 +11,6 @@ from hvpfast.bench.cases import CASES, DEVICES, DTYPES, KNOWN_CASES, OPERATIONS,
 from hvpfast.bench.providers import PROVIDERS
 from hvpfast.lab.environment import usable_cores
 
-__all__ = ["MIN_ROUNDS", "Settings"]
-
 MIN_ROUNDS = 7
 
 

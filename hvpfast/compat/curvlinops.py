@@ -16,23 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.analysis.density.quadrature import spectral_density
-from hvpfast.analysis.eigen import eigsh
-from hvpfast.analysis.estimators import diagonal, frobenius_sq, trace
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.estimators.estimate import diagonal, frobenius_sq, trace
 from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
 from hvpfast.operators.matvecs import Products
-
-__all__ = [
-    "GGNLinearOperator",
-    "HessianLinearOperator",
-    "hutchinson_diag",
-    "hutchinson_squared_fro",
-    "hutchinson_trace",
-    "hutchpp_trace",
-    "lanczos_approximate_log_spectrum",
-    "lanczos_approximate_spectrum",
-    "xdiag",
-    "xtrace",
-]
 
 Boundaries = tuple[float | None, float | None]
 

@@ -22,25 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvpfast.analysis import estimators
 from hvpfast.analysis.density import quadrature
-from hvpfast.analysis.eigen import eigsh
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.estimators import estimate
+from hvpfast.analysis.estimators.result import Estimate
 from hvpfast.operators import hessian
-
-__all__ = [
-    "EigenResult",
-    "GGNOperator",
-    "HessianOperator",
-    "SpectralDensityResult",
-    "compute_hessian_eigenthings",
-    "lanczos",
-    "match_names",
-    "spectral_density",
-    "supervised_forward",
-    "supervised_loss",
-    "supervised_loss_of_output",
-    "trace",
-]
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
 
@@ -229,10 +215,10 @@ def trace(
     method: str = "hutch++",
     distribution: str = "rademacher",
     seed: int | None = None,
-) -> estimators.Estimate[float]:
+) -> Estimate[float]:
     """Tr(A) by :func:`hvpfast.trace`, with ``.estimate``, ``.stderr`` and ``.samples``."""
     options: dict[str, Any] = {"method": method, "distribution": distribution, "seed": seed}
-    return estimators.trace(operator, num_matvecs, **options)
+    return estimate.trace(operator, num_matvecs, **options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvpfast.analysis.estimators import diagonal
+from hvpfast.analysis.estimators.estimate import diagonal
 from hvpfast.operators.hessian import CurvatureOperator, GGNOperator, HessianOperator
 
 try:
@@ -22,8 +22,6 @@ except (ImportError, RuntimeError) as error:  # torchvision raises RuntimeError
         "hvpfast.compat.laplace needs laplace-torch, and the torchvision that fits your torch (pip "
         f"install laplace-torch torch=={torch.__version__}); importing it failed: {error}"
     ) from error
-
-__all__ = ["HvpfastGGN", "HvpfastHessian"]
 
 _COLUMNS = 2**24  # entries of identity columns that are multiplied at once
 

@@ -15,11 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hvpfast.analysis.density.quadrature import spectral_density
-from hvpfast.analysis.eigen import eigsh
-from hvpfast.analysis.estimators import trace
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.estimators.estimate import trace
 from hvpfast.operators.hessian import HessianOperator
-
-__all__ = ["hessian"]
 
 _FIRST_CHECK = 16  # samples before a tolerance is checked
 

@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from hvpfast.analysis.estimators import diagonal
+from hvpfast.analysis.estimators.estimate import diagonal
 from hvpfast.mlp.checks import check_curvature
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
-
-__all__ = ["hessian_for"]
 
 
 def hessian_for(

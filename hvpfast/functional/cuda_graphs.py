@@ -36,8 +36,6 @@ from hvpfast.mlp.checks import (
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils import cuda_graph
 
-__all__ = ["CapturedHVP", "CapturedStep"]
-
 Params = Tensor | Sequence[Tensor]
 
 

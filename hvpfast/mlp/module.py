@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from hvpfast.mlp.spec import (
     ACTIVATION_TABLE,
     ACTIVATIONS,
-    LOSSES,
     REDUCTIONS,
     MLPSpec,
     check_sizes,
@@ -29,17 +28,6 @@ from hvpfast.mlp.spec import (
 )
 from hvpfast.utils.choice import check_choice
 from hvpfast.utils.torch_private import hooks_of
-
-__all__ = [
-    "ACTIVATIONS",
-    "LOSSES",
-    "MLP",
-    "REDUCTIONS",
-    "MLPSpec",
-    "NotAnMLPError",
-    "params_of",
-    "spec_of",
-]
 
 
 class NotAnMLPError(ValueError):

@@ -21,8 +21,6 @@ from hvpfast.operators.tangents import Layout, matrix_rows
 if TYPE_CHECKING:
     import scipy.sparse.linalg
 
-__all__ = ["LinearOperator"]
-
 
 class LinearOperator(ABC):
     """A linear operator on vectors of P parameters, known by its products.

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "batch_size", "bytes_of", "map_tensors", "tensors_in"]
-
 
 class Batch(NamedTuple):
     """Inputs ``x`` and targets ``y`` of N samples: tensors (N, ...), or nests of such tensors."""

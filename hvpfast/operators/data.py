@@ -12,8 +12,6 @@ from torch import Tensor
 from hvpfast.operators.batch import Batch, batch_size, bytes_of, map_tensors, tensors_in
 from hvpfast.utils.random_state import RandomState, generators_of
 
-__all__ = ["Batches"]
-
 _EXPECTED = "data must be a pair (x, y), a list of such pairs, or a DataLoader"
 
 

@@ -14,8 +14,6 @@ from hvpfast.operators.distributed import together
 from hvpfast.operators.linearized_data import LinearizedData
 from hvpfast.operators.objective import MLPObjective
 
-__all__ = ["check_batch_twice", "check_everything_twice"]
-
 _Key = tuple[object, ...]
 _passed: dict[_Key, None] = {}  # in order of insertion, the oldest dropped
 _REMEMBERED = 256

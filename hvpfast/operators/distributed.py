@@ -30,8 +30,6 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.batch import bytes_of, map_tensors, tensors_in
 
-__all__ = ["DistributedError", "Group", "checksum", "settings_of", "shard", "together"]
-
 T = TypeVar("T")
 
 _FOLD = 4093  # a prime: a difference cannot hide in the period of the parameters

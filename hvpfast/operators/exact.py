@@ -23,8 +23,6 @@ from hvpfast.operators.linearized_data import LinearizedData
 from hvpfast.operators.objective import MLPObjective
 from hvpfast.operators.parameters import Subset
 
-__all__ = ["CoreCost", "Cores"]
-
 
 @dataclass(frozen=True)
 class CoreCost:

@@ -31,8 +31,6 @@ from hvpfast.operators.reduction import BatchWeight
 from hvpfast.operators.tangents import Layout, matrix_rows
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, budget_of, bytes_text, out_of_memory
 
-__all__ = ["GGNOperator", "HessianOperator"]
-
 _LARGE = 2**26  # bytes of products from which free memory is checked before
 
 
@@ -267,6 +265,7 @@ class CurvatureOperator(LinearOperator):
             raise
 
     def agreed(self, number: int) -> int:
+        """The least of the processes' numbers; ``number`` itself where there is one process."""
         group = self.linearized.group
         return number if group is None else group.least(number)
 

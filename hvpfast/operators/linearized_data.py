@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hvpfast.backends.contract import State
 from hvpfast.operators.batch import Batch, batch_size
@@ -18,8 +19,6 @@ from hvpfast.operators.parameters import Entry, owners_of
 from hvpfast.operators.reduction import BatchWeight
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
 from hvpfast.utils.random_state import RandomState
-
-__all__ = ["LinearizedData"]
 
 
 class LinearizedData:
@@ -229,11 +228,8 @@ class LinearizedData:
             yield
 
     def _shown(self, items: Any, what: str) -> Iterable[Any]:
-        if not self._progressbar:
-            return items  # type: ignore[no-any-return]
-        from tqdm import tqdm
-
-        bar: Iterable[Any] = tqdm(items, total=len(self.batches), desc=what, unit="batch")
+        size, hidden = len(self.batches), not self._progressbar
+        bar: Iterable[Any] = tqdm(items, total=size, desc=what, unit="batch", disable=hidden)
         return bar
 
     def describe(self) -> list[str]:

@@ -18,8 +18,6 @@ from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.base import LinearOperator
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
 
-__all__ = ["NonFiniteProductError", "Products", "all_finite", "at_least_single"]
-
 _SMALL = 2**26  # bytes for which free memory is not checked
 
 

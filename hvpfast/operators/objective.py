@@ -25,8 +25,6 @@ from hvpfast.operators.batch import Batch
 from hvpfast.operators.parameters import Entry, owners_of
 from hvpfast.operators.reduction import BatchWeight
 
-__all__ = ["FunctionObjective", "MLPObjective", "Watch", "objective_for", "spec_for"]
-
 
 class Watch:
     """Notices that tensors were changed in place, or that their storage was replaced."""

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from hvpfast.mlp.module import MLP
 from hvpfast.mlp.spec import layer_shapes
 
-__all__ = ["Entry", "Subset", "by_layer", "layers_of", "matching", "owners_of", "select"]
-
 
 class Entry(NamedTuple):
     """A named piece of a parameter: entries ``offset`` onwards of the tensor ``owner``."""

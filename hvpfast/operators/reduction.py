@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from hvpfast.operators.batch import Batch, batch_size
 
-__all__ = ["BatchWeight", "reduction_of"]
-
 Loss = Callable[..., Any]
 
 # The functions of torch.nn.functional, and the modules with the same arguments and defaults.

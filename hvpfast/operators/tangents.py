@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "given_rows", "matrix_rows"]
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators import diagonal
+from hvpfast.analysis.estimators.estimate import diagonal
 from hvpfast.backends.probes.draw import probes
 from hvpfast.functional.linearization import Linearization
 from hvpfast.functional.products import hvp

@@ -14,8 +14,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["WARMUPS", "Recording", "check_on_gpu", "recording", "side_stream"]
-
 # Calls before a recording, as torch advises: libraries make handles and workspaces in the first,
 # kernels are compiled, optimizers make their state.
 WARMUPS = 3

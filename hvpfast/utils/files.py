@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SCRATCH", "npz_bytes", "write_whole"]
-
 SCRATCH = ".part-"
 """How the name of a file begins while it is written; one that is left behind can be deleted."""
 

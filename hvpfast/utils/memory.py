@@ -8,17 +8,6 @@ import time
 
 import torch
 
-__all__ = [
-    "KEPT_SHARE",
-    "LARGE_BYTES",
-    "WORK_SHARE",
-    "available_bytes",
-    "budget_of",
-    "bytes_text",
-    "check_scratch",
-    "out_of_memory",
-]
-
 KEPT_SHARE = 0.5  # of the available memory: what operators keep between products by default
 WORK_SHARE = 0.25  # of the available memory: what one chunk of tangents may take by default
 LARGE_BYTES = 2**30  # scratch memory above this is compared with the free memory first

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "INK", "MUTED", "caption", "frame", "label", "new_figure", "ticks"]
-
 COLORS = ("#2f6db3", "#d2691e", "#3f8f5f", "#8a5aa8", "#7a7a7a")
 """Colours of curves, in their order; colour-blind readers can tell them apart."""
 INK = "#333333"

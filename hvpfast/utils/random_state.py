@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["RandomState", "generators_of"]
-
 
 class RandomState:
     """State of the global generators (torch, NumPy, ``random``), of a CUDA device, and of others.

@@ -10,7 +10,7 @@ from dense import classes, dense, perceptron, tangents
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.analysis.eigen import cg_solve
+from hvpfast.analysis.eigen.cg import cg_solve
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import hvpfast as hf
 from hvpfast.analysis.density import quadrature, spectrum
-from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density, wasserstein
+from hvpfast.analysis.density.quadrature import spectral_density
+from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")

@@ -12,7 +12,9 @@ from dense import classes, convnet, dense, perceptron
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.analysis.eigen import EigenResult, class_gradients, eigsh
+from hvpfast.analysis.eigen.result import EigenResult
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.eigen.starts import class_gradients
 from hvpfast.operators.matvecs import NonFiniteProductError
 
 pytestmark = pytest.mark.usefixtures("single_threaded")

@@ -11,7 +11,8 @@ from dense import dense
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.analysis.eigen import NotCompressibleError, compress, eigsh
+from hvpfast.analysis.eigen.compression import NotCompressibleError, compress
+from hvpfast.analysis.eigen.solver import eigsh
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 import hvpfast as hf
 import hvpfast.operators.matvecs
-from hvpfast.analysis.estimators import (
-    Estimate,
+from hvpfast.analysis.estimators.estimate import (
     diagonal,
     estimate_all,
     frobenius_norm,
@@ -27,6 +26,7 @@ from hvpfast.analysis.estimators import (
     row_norms_sq,
     trace,
 )
+from hvpfast.analysis.estimators.result import Estimate
 from hvpfast.analysis.estimators.subspace import orthonormal_rows, project_out, row_products
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
@@ -149,7 +149,7 @@ def test_joint_pass() -> None:
     for name in ("trace", "frobenius_sq", "diagonal", "row_norms_sq"):
         ours, alone = (
             getattr(joint, name),
-            getattr(hvpfast.analysis.estimators, name)(H, 300, seed=4),
+            getattr(hf, name)(H, 300, seed=4),
         )
         assert ours.num_matvecs == alone.num_matvecs == 300
         for field in ("estimate", "stderr"):

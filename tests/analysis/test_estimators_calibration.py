@@ -15,7 +15,12 @@ from spectra import matrix, trained
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.analysis.estimators import diagonal, frobenius_norm, row_norms_sq, trace
+from hvpfast.analysis.estimators.estimate import (
+    diagonal,
+    frobenius_norm,
+    row_norms_sq,
+    trace,
+)
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -14,7 +14,13 @@ import torch
 from spectra import matrix
 from torch import Tensor
 
-from hvpfast.analysis.estimators import diagonal, estimate_all, frobenius_norm, frobenius_sq, trace
+from hvpfast.analysis.estimators.estimate import (
+    diagonal,
+    estimate_all,
+    frobenius_norm,
+    frobenius_sq,
+    trace,
+)
 from hvpfast.analysis.estimators.sampling import Settings, sample
 from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
 

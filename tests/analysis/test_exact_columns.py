@@ -14,14 +14,13 @@ from spectra import matrix, trained
 from torch import Tensor, nn
 
 import hvpfast as hf
-from hvpfast.analysis.estimators import (
+from hvpfast.analysis.estimators import exact, sampling
+from hvpfast.analysis.estimators.estimate import (
     diagonal,
     estimate_all,
-    exact,
     frobenius_norm,
     frobenius_sq,
     row_norms_sq,
-    sampling,
     trace,
 )
 

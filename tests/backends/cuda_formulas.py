@@ -17,7 +17,7 @@ from cases import DTYPES
 from cuda_emulated import MODULE
 from torch import Tensor
 
-from hvpfast.mlp.module import ACTIVATIONS
+from hvpfast.mlp.spec import ACTIVATIONS
 
 (PATH,) = MODULE.parent.glob("libcuda_formulas*")
 LIBRARY = ctypes.CDLL(str(PATH))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hvpfast as hf
 from hvpfast.backends import BACKENDS, choose
 from hvpfast.functional import linearize
-from hvpfast.mlp.module import ACTIVATIONS
+from hvpfast.mlp.spec import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

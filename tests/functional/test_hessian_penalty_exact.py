@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 from hvpfast.functional.linearize import linearize
-from hvpfast.mlp.module import ACTIVATIONS, MLPSpec
+from hvpfast.mlp.spec import ACTIVATIONS, MLPSpec
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.mlp.module import ACTIVATIONS
+from hvpfast.mlp.spec import ACTIVATIONS
 
 CE = nn.CrossEntropyLoss()
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 from hvpfast.functional.linearize import linearize
-from hvpfast.mlp.module import ACTIVATIONS, LOSSES, MLPSpec
+from hvpfast.mlp.spec import ACTIVATIONS, LOSSES, MLPSpec
 from hvpfast.utils import memory
 
 pytestmark = pytest.mark.usefixtures("single_threaded")

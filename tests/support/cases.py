@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from hvpfast.backends.probes.draw import probes
-from hvpfast.mlp.module import ACTIVATIONS, LOSSES, REDUCTIONS, MLPSpec
+from hvpfast.mlp.spec import (
+    ACTIVATIONS,
+    LOSSES,
+    REDUCTIONS,
+    MLPSpec,
+)
 
 SEED = 0x0123456789ABCDEF
 DTYPES = (torch.float32, torch.float64)

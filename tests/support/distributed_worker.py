@@ -281,8 +281,8 @@ class Scenarios:
 def algorithms(H: Any) -> Results:
     """Estimators, eigenvalues and densities with the seeds of the tests."""
     from hvpfast.analysis.density.quadrature import spectral_density
-    from hvpfast.analysis.eigen import eigsh
-    from hvpfast.analysis.estimators import diagonal, frobenius_sq, trace
+    from hvpfast.analysis.eigen.solver import eigsh
+    from hvpfast.analysis.estimators.estimate import diagonal, frobenius_sq, trace
 
     return {
         "trace": trace(H, 20, seed=5).estimate,
@@ -300,8 +300,8 @@ def algorithms(H: Any) -> Results:
 def drawn_seeds(H: Any) -> list[int]:
     """The seeds that algorithms draw where none is given."""
     from hvpfast.analysis.density.quadrature import spectral_density
-    from hvpfast.analysis.eigen import eigsh
-    from hvpfast.analysis.estimators import trace
+    from hvpfast.analysis.eigen.solver import eigsh
+    from hvpfast.analysis.estimators.estimate import trace
 
     seeds = trace(H, 4).seed, eigsh(H, k=1).seed, spectral_density(H, 3, 2).seed
     return [int(seed or 0) for seed in seeds]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators import (
+from hvpfast.analysis.estimators.estimate import (
     diagonal,
     frobenius_norm,
     frobenius_sq,

@@ -9,7 +9,7 @@ import torch
 from device import one_thread
 from torch import Tensor, nn
 
-from hvpfast.mlp.module import MLPSpec
+from hvpfast.mlp.spec import MLPSpec
 
 # Allowed roundings beyond torch's own error, in units of eps * max|truth|.
 C = {torch.float32: 16.0, torch.float64: 64.0}

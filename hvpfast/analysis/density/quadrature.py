@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
-from hvpfast.analysis.progress import Progress
+from hvpfast.analysis.density.spectrum import SpectralDensity
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.utils.memory import WORK_SHARE, available_bytes, bytes_text
-
-__all__ = ["SpectralDensity", "spectral_density", "wasserstein"]
 
 _EXHAUSTED = 16  # residuals below this many eps times the operator's norm are rounding
 
@@ -80,11 +78,11 @@ def spectral_density(
     weights = torch.zeros_like(nodes)
     num_nodes = torch.zeros(num_probes, dtype=torch.int64)
     dtype, total = at_least_single(products.dtype), -(-num_probes // group) * steps
-    with Progress(progressbar, total, "step", desc="Lanczos") as advance:
+    with tqdm(total=total, unit="step", desc="Lanczos", disable=not progressbar) as bar:
         for first in range(0, num_probes, group):
             source = ProbeSource(min(group, num_probes - first), distribution, seed, first)
             starts = probe_rows(source, products.size, dtype, products.device)
-            diagonal, beside, counts = _tridiagonalise(products, starts, steps, advance)
+            diagonal, beside, counts = _tridiagonalise(products, starts, steps, bar.update)
             for k, count in enumerate(counts.tolist(), start=first):
                 own = k - first
                 theta, weight = _quadrature(diagonal[own, :count], beside[own, : count - 1])

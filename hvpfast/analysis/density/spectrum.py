@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DensityCurve", "SpectralDensity", "wasserstein"]
-
 SCALES = ("linear", "log")
 _DECADES = 7  # of density that a logarithmic axis shows below the highest point
 

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from hvpfast.analysis.eigen.ritz import Array, eigh
 
-__all__ = ["Basis"]
-
 NOISE = 0.25  # a direction of length 1 that a later pass makes shorter than this was rounding
 SMALL = 1e-3  # components of rows of length 1 after whose removal no further pass is needed
 MOST = 4  # passes

@@ -11,8 +11,6 @@ from torch import Tensor
 from hvpfast.operators.matvecs import Products
 from hvpfast.operators.tangents import given_rows
 
-__all__ = ["CGResult", "cg_solve"]
-
 DELAYS = 3  # times that a true residual may exceed the tolerance that the recurrence has met
 
 

@@ -29,8 +29,6 @@ from hvpfast.operators.base import LinearOperator
 from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.operators.objective import MLPObjective
 
-__all__ = ["CompressedOperator", "NotCompressibleError", "compress"]
-
 ROUNDING = 8.0  # times eps, relative to the longest input: the part of an input to leave out
 
 

@@ -20,8 +20,6 @@ from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.operators.matvecs import Products
 from hvpfast.operators.objective import MLPObjective
 
-__all__ = ["auto_block_size", "product_operations"]
-
 GROWTH = 0.2  # products that every further vector of a block costs, relative
 CALL_OPERATIONS = {"cpu": 1e7, "cuda": 1e9}
 SIZES = (1, 2, 4, 8)

@@ -26,8 +26,6 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products, at_least_single
 
-__all__ = ["Lanczos"]
-
 NEGLIGIBLE = 4.0  # times eps ||A||: a shorter remainder of a product is rounding
 
 

@@ -27,8 +27,6 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["Pairs", "find_pairs"]
-
 RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
 
 

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["WHICH", "Array", "eigh", "order_of", "wanted"]
-
 Array = NDArray[np.float64]
 WHICH = ("LM", "LA", "SA", "BE")
 

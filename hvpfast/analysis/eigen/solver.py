@@ -22,8 +22,6 @@ from hvpfast.operators.tangents import given_rows
 from hvpfast.utils.choice import check_choice
 from hvpfast.utils.memory import available_bytes, budget_of, bytes_text
 
-__all__ = ["eigsh"]
-
 
 def eigsh(
     A: Any,

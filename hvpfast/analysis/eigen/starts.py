@@ -13,8 +13,6 @@ from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.batch import map_tensors
 from hvpfast.operators.hessian import CurvatureOperator
 
-__all__ = ["class_gradients", "start_rows"]
-
 
 def start_rows(
     given: Tensor | None, size: int, block_size: int, seed: int, dtype: torch.dtype, device: Any

@@ -30,8 +30,6 @@ from hvpfast.analysis.estimators.subspace import (
 from hvpfast.analysis.estimators.tallies import ScalarTally
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["deflated_frobenius_sq", "hutch_plus_plus", "na_hutch_plus_plus"]
-
 _PROJECTED = 16  # probes that go through the basis at once
 
 

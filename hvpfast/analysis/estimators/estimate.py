@@ -22,15 +22,6 @@ from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import Products
 from hvpfast.utils.choice import check_choice
 
-__all__ = [
-    "diagonal",
-    "estimate_all",
-    "frobenius_norm",
-    "frobenius_sq",
-    "row_norms_sq",
-    "trace",
-]
-
 _Method = Callable[[Products, Settings], Estimate[Any]]
 # Besides "hutchinson", "exact" and "auto", which every quantity has.
 _METHODS: dict[str, dict[str, _Method]] = {

@@ -15,10 +15,7 @@ import torch
 from hvpfast.analysis.estimators.hutchinson import POSITIVE, SCALARS, norms_sq
 from hvpfast.analysis.estimators.result import Estimate
 from hvpfast.analysis.estimators.sampling import Settings, rows_at_once
-from hvpfast.analysis.progress import Progress
 from hvpfast.operators.matvecs import Products, at_least_single
-
-__all__ = ["estimate", "is_cheaper"]
 
 MOST_COLUMNS = 20_000  # identity columns that are multiplied where max_matvecs is not given
 _OF_CORES = ("trace", "diagonal", "frobenius_sq")
@@ -83,7 +80,7 @@ def _columns(products: Products, settings: Settings) -> dict[str, Any]:
     rows = torch.zeros(at_once, size, dtype=dtype, device=device)
     diagonal = torch.empty(size, dtype=at_least_single(dtype), device=device)
     norms = torch.empty(size, dtype=torch.float64, device=device)
-    with Progress(settings.progressbar, size, "matvec") as advance:
+    with settings.bar(size) as bar:
         for start in range(0, size, at_once):
             stop = min(start + at_once, size)
             ones = rows[: stop - start].diagonal(start)
@@ -92,7 +89,7 @@ def _columns(products: Products, settings: Settings) -> dict[str, Any]:
             diagonal[start:stop] = out.diagonal(start)
             norms[start:stop] = norms_sq(out)
             ones.zero_()  # after the use of products, which may be the rows themselves
-            advance(stop - start)
+            bar.update(stop - start)
     return {
         "trace": float(diagonal.double().sum()),
         "frobenius_sq": float(norms.sum()),

@@ -20,8 +20,6 @@ from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_st
 from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["POSITIVE", "SCALARS", "estimate", "norms_sq", "sampled", "scalar_estimate"]
-
 POSITIVE = ("frobenius_sq", "row_norms_sq")
 SCALARS = ("trace", "frobenius_sq")
 _BLOCK = 2**14  # entries whose squares are summed in the dtype of a row

@@ -35,8 +35,6 @@ from hvpfast.analysis.estimators.subspace import chunks_of, multiply, orthonorma
 from hvpfast.analysis.estimators.tallies import blocks
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["xdiag", "xtrace"]
-
 _SOME = 16  # entries from which the ratio of variances is estimated
 _BLOCK = 2**18  # numbers in a temporary array
 

@@ -23,8 +23,6 @@ from hvpfast.functional.many_models import check_probe_count
 from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import NonFiniteProductError, all_finite
 
-__all__ = ["ModelsEstimate", "estimate"]
-
 _CHUNK_BYTES = 2**26  # of the probes of all models at once: several probes of each model
 
 

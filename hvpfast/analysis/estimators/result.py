@@ -9,15 +9,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Estimate",
-    "Estimates",
-    "skewness_coefficients",
-    "skewness_of_each",
-    "student_quantile",
-    "unskewed",
-]
-
 Value = TypeVar("Value", float, Tensor)
 
 

@@ -6,28 +6,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hvpfast.analysis.estimators.result import student_quantile
 from hvpfast.analysis.estimators.tallies import Tally
-from hvpfast.analysis.progress import Progress
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.utils.choice import check_choice
-
-__all__ = [
-    "ProbeStream",
-    "Settings",
-    "chunk_of",
-    "probe_stream",
-    "rows_at_once",
-    "sample",
-    "scaled",
-]
 
 DISTRIBUTIONS = ("rademacher", "normal", "sphere")
 MIN_SAMPLES = 16  # before a tolerance is checked: Student's quantile needs near-normal means
@@ -80,6 +70,10 @@ class Settings:
         seed = fresh_seed() if seed is None else seed
         ProbeSource(0, "normal", seed)  # refuses a seed that is out of range
         return cls(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+
+    def bar(self, total: int, done: int = 0) -> tqdm[Any]:
+        """A progress bar of products, where one is wanted."""
+        return tqdm(total=total, initial=done, unit="matvec", disable=not self.progressbar)
 
     @property
     def most(self) -> int:
@@ -198,13 +192,13 @@ def sample(
                 f"samples before the first look at rtol; got {settings.most}"
             )
     total = count + spent if rtol is None else settings.most
-    with Progress(settings.progressbar, total, "matvec", spent) as advance:
+    with settings.bar(total, spent) as bar:
 
         def take(count: int) -> None:
             for rows in stream.chunks(count):
                 before = tallies[0].count
                 visit(rows)
-                advance(tallies[0].count - before)
+                bar.update(tallies[0].count - before)
 
         take(count)
         if rtol is None:

@@ -11,8 +11,6 @@ from hvpfast.analysis.estimators.sampling import rows_at_once
 from hvpfast.analysis.estimators.tallies import blocks
 from hvpfast.operators.matvecs import Products
 
-__all__ = ["chunks_of", "multiply", "orthonormal_rows", "project_out", "row_products"]
-
 
 def orthonormal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return Q (k, P) with orthonormal rows and L (k, k) float64 such that Y = L Q.

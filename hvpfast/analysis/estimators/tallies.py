@@ -9,8 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["EntryTally", "ScalarTally", "Tally", "blocks"]
-
 _BLOCK = 2**20  # entries of some rows that stay in cache from one operation to the next
 
 

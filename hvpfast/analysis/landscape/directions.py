@@ -25,8 +25,6 @@ from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.parameters import Entry
 from hvpfast.utils.choice import check_choice
 
-__all__ = ["ignored_names", "ignored_words", "normalised", "orthogonal", "random_rows", "unit_text"]
-
 NORMALIZE = ("filter", "layer", None)
 _IGNORED = ("bias", "norm")
 _NORMS = tuple(

@@ -31,8 +31,6 @@ from hvpfast.operators.reduction import BatchWeight
 from hvpfast.utils.memory import KEPT_SHARE, available_bytes
 from hvpfast.utils.random_state import RandomState
 
-__all__ = ["Losses"]
-
 _SAMPLES = 1024  # that go through the layers together
 _ELEMENTS = 2**19  # values of a layer at all points together: they stay in cache
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["contour", "curves", "surface3d"]
-
 Surfaces = Surface | Mapping[str, Surface]
 
 _SCALES = ("auto", "linear", "log")

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from hvpfast.utils.files import npz_bytes, write_whole
 
-__all__ = ["Surface", "load"]
-
 _FORMAT = 1
 
 

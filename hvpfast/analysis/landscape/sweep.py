@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hvpfast.analysis.landscape.directions import (
     NORMALIZE,
@@ -26,12 +27,9 @@ from hvpfast.analysis.landscape.directions import (
 )
 from hvpfast.analysis.landscape.losses import Losses
 from hvpfast.analysis.landscape.surface import Surface, load
-from hvpfast.analysis.progress import Progress
 from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.operators.batch import bytes_of
 from hvpfast.operators.parameters import Entry, by_layer, select
-
-__all__ = ["line", "plane"]
 
 Span = float | tuple[float, float]
 
@@ -230,11 +228,14 @@ def _fill(
         if not bool(done[start])
     ]
     saved, before = time.monotonic(), int(done.sum())
-    with Progress(saving.progressbar, len(points), "point", before, "landscape") as advance:
+    with tqdm(
+        total=len(points), initial=before, unit="point", desc="landscape",
+        disable=not saving.progressbar,
+    ) as bar:  # fmt: skip
         for part in parts:
             values[part] = losses(points[part])
             done[part] = True
-            advance(part.stop - part.start)
+            bar.update(part.stop - part.start)
             due = part is parts[-1] or time.monotonic() - saved >= saving.every
             if saving.file is not None and due:
                 surface.save(saving.file)

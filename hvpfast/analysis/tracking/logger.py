@@ -33,8 +33,6 @@ from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.parameters import select
 from hvpfast.utils.files import write_whole
 
-__all__ = ["QUANTITIES", "CurvatureLogger", "read_log"]
-
 Line = dict[str, Any]
 
 _NOT_FINITE = re.compile(r"the loss is -?(nan|inf)\b")  # the operators' message for such a loss

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.eigen import eigsh
-from hvpfast.analysis.estimators import estimate_all, trace
+from hvpfast.analysis.eigen.solver import eigsh
+from hvpfast.analysis.estimators.estimate import estimate_all, trace
 from hvpfast.operators.hessian import GGNOperator, HessianOperator
 from hvpfast.operators.matvecs import Products
-
-__all__ = ["QUANTITIES", "Measurement"]
 
 _ESTIMATED = ("trace", "frobenius_sq", "diagonal_norm")
 _EIGEN = ("top_eigenvalues", "sharpness")

@@ -31,8 +31,6 @@ from torch import Tensor, func
 
 from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec
 
-__all__ = ["Cores", "cores", "diagonal", "inner_product", "sample_traces"]
-
 
 @dataclass(frozen=True)
 class Cores:

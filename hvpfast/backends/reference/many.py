@@ -10,8 +10,6 @@ from torch import Tensor
 from hvpfast.backends.contract import PenaltyState, State
 from hvpfast.backends.probes.source import ProbeSource
 
-__all__ = ["ReferenceModels", "ReferenceModelsPenalty"]
-
 
 class ReferenceModels:
     """The states of M models."""

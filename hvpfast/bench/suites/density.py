@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.analysis.density.quadrature import SpectralDensity, spectral_density, wasserstein
+from hvpfast.analysis.density.quadrature import spectral_density
+from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
 from hvpfast.backends.probes.draw import probes
 from hvpfast.bench import record, tables
 from hvpfast.utils import plotting

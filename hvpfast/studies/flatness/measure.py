@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 from hvpfast.analysis import landscape
-from hvpfast.analysis.estimators import frobenius_sq
+from hvpfast.analysis.estimators.estimate import frobenius_sq
 from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure import training
 from hvpfast.studies.flatness.config import Config

@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 import hvpfast as hf
-from hvpfast.analysis.eigen import eigsh
+from hvpfast.analysis.eigen.solver import eigsh
 from hvpfast.bench.suites.eigsh.trained import Trained
-
-__all__ = ["LOSS", "SEED", "TOL", "Found", "least_products", "ours", "solvers"]
 
 TOL = 1e-4
 SEED = 7

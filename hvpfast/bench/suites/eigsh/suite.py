@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 import hvpfast as hf
-from hvpfast.analysis.eigen import EigenResult, eigsh
+from hvpfast.analysis.eigen.result import EigenResult
+from hvpfast.analysis.eigen.solver import eigsh
 from hvpfast.bench import record, tables
 from hvpfast.bench.measure import torch_threads
 from hvpfast.bench.suites.eigsh import trained
@@ -31,8 +32,6 @@ from hvpfast.bench.suites.eigsh.solvers import LOSS, SEED, TOL, Found, least_pro
 from hvpfast.bench.suites.eigsh.trained import Trained, train
 from hvpfast.lab.environment import timing_conditions, usable_cores
 from hvpfast.lab.measure import timing
-
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
 
 DESCRIPTION = "Time eigenpairs of trained networks against SciPy's eigsh on other products."
 EIGENVALUE_RTOL = 1e-5

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 import hvpfast as hf
 
-__all__ = ["Trained", "digits", "mnist1d", "shifted_digits", "synthetic", "train"]
-
 SEED = 0
 
 
