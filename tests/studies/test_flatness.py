@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import dense_ggn, dense_hessian
 from torch import nn
 
 import hvpfast as hf
@@ -23,7 +24,6 @@ from hvpfast.studies.flatness import experiment as flatness
 from hvpfast.studies.flatness import measure as flatness_measures
 from hvpfast.studies.flatness import timing
 from hvpfast.studies.flatness import train as flatness_training
-from tests.support.helpers import dense_ggn, dense_hessian
 
 pytest.importorskip("matplotlib")
 
