@@ -221,16 +221,27 @@ def record(launch: Launch, dtype: torch.dtype, capability: int) -> KernelRecord:
 
 
 def _disassembled(cubin: bytes) -> tuple[int, str]:
-    """Registers and code of the one kernel of a binary."""
+    """Registers of the one kernel of a binary, and its code where it has local memory.
+
+    Without local memory there are no instructions that access it, and disassembling takes half of
+    the time of compiling.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    registers = re.search(r"\bREG:(\d+)", report)
-    if registers is None or "EXIT" not in report:
-        raise RuntimeError(f"cuobjdump does not show the kernel: {report}")
-    return int(registers[1]), report
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        found = re.search(r"\bREG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump does not show the kernel: {usage}")
+        registers, *local_bytes = map(int, found.groups())
+        if not any(local_bytes):
+            return registers, ""
+        code = _cuobjdump("--dump-sass", file.name)
+    if "EXIT" not in code:
+        raise RuntimeError(f"cuobjdump does not show the kernel: {code}")
+    return registers, code
+
+
+def _cuobjdump(*words: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
