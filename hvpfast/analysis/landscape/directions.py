@@ -18,18 +18,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.parameters import Entry
 from hvpfast.utils.choice import check_choice
+from hvpfast.utils.torch_private import AnyNorm
 
 NORMALIZE = ("filter", "layer", None)
 _IGNORED = ("bias", "norm")
 _NORMS = tuple(
     kind
-    for kind in (_NormBase, nn.LayerNorm, nn.GroupNorm, getattr(nn, "RMSNorm", None))
+    for kind in (AnyNorm, nn.LayerNorm, nn.GroupNorm, getattr(nn, "RMSNorm", None))
     if kind is not None
 )
 _PARALLEL = 1e-6  # sine of the angle below which two directions span no plane
