@@ -50,7 +50,7 @@ class ModelsLinearization(Linearization):
     @property
     def loss(self) -> Tensor:
         """The losses, (M,)."""
-        return self.state.loss.clone()
+        return self.state.loss
 
     @property
     def normalizers(self) -> Tensor:

@@ -89,38 +89,26 @@ def _rows(columns: Tensor) -> Tensor:
     return columns.T if columns.dim() == 2 else columns
 
 
-def _loss(params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str = "auto") -> Tensor:
+def _loss(params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str) -> Tensor:
     return _linearize(params, x, y, spec, backend, 2).loss
 
 
-def _gradient(
-    params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str = "auto"
-) -> Tensor:
+def _gradient(params: list[Tensor], x: Tensor, y: Tensor, spec: str, backend: str) -> Tensor:
     return _linearize(params, x, y, spec, backend, 2).grad
 
 
-def _hvp(
-    params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
-) -> Tensor:
-    lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(lin.product(_columns(tangents, spec), False))
+def _product(ggn: bool) -> Callable[..., Tensor]:
+    def product(
+        params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str
+    ) -> Tensor:
+        lin = _linearize(params, x, y, spec, backend, 2)
+        return _rows(lin.product(_columns(tangents, spec), ggn))
 
-
-def _ggnvp(
-    params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, backend: str = "auto"
-) -> Tensor:
-    lin = _linearize(params, x, y, spec, backend, 2)
-    return _rows(lin.product(_columns(tangents, spec), True))
+    return product
 
 
 def _quadratic(
-    params: list[Tensor],
-    x: Tensor,
-    y: Tensor,
-    tangents: Tensor,
-    spec: str,
-    ggn: bool = False,
-    backend: str = "auto",
+    params: list[Tensor], x: Tensor, y: Tensor, tangents: Tensor, spec: str, ggn: bool, backend: str
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 2)
     return lin.quadratic(_columns(tangents, spec), ggn)
@@ -133,8 +121,8 @@ def _hvp_vjp(
     tangents: Tensor,
     cotangents: Tensor,
     spec: str,
-    ggn: bool = False,
-    backend: str = "auto",
+    ggn: bool,
+    backend: str,
 ) -> Tensor:
     lin = _linearize(params, x, y, spec, backend, 3)
     return lin.hvp_vjp(_columns(tangents, spec), _columns(cotangents, spec, "cotangents"), ggn)
@@ -160,42 +148,14 @@ def _penalty_state(
     return lin.penalty(probes_given(columns, num_probes, distribution, value), "fro2", ggn)
 
 
-def _penalty(
-    params: list[Tensor],
-    x: Tensor,
-    y: Tensor,
-    tangents: Tensor | None,
-    seed: Tensor | None,
-    spec: str,
-    num_probes: int = 1,
-    distribution: str = "rademacher",
-    ggn: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    state = _penalty_state(
-        params, x, y, tangents, seed, spec, num_probes, distribution, ggn, backend
-    )
+def _penalty(*args: Any) -> tuple[Tensor, Tensor]:
+    state = _penalty_state(*args)
     return state.loss, state.penalty
 
 
-def _penalty_gradient(
-    params: list[Tensor],
-    x: Tensor,
-    y: Tensor,
-    tangents: Tensor | None,
-    seed: Tensor | None,
-    g_loss: Tensor,
-    g_penalty: Tensor,
-    spec: str,
-    num_probes: int = 1,
-    distribution: str = "rademacher",
-    ggn: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    state = _penalty_state(
-        params, x, y, tangents, seed, spec, num_probes, distribution, ggn, backend
-    )
-    return state.gradient(float(g_loss), float(g_penalty))
+def _penalty_gradient(*args: Any) -> Tensor:
+    *point_and_probes, g_loss, g_penalty = args[:7]
+    return _penalty_state(*point_and_probes, *args[7:]).gradient(float(g_loss), float(g_penalty))
 
 
 def _fresh_seed(call: int) -> Tensor:
@@ -259,13 +219,19 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any], rules.Rule, 
     # name: kernel, fake kernel, derivative, vmap rule
     "loss": (_loss, _fake_scalar, rules.loss_rule, rules.each_element),
     "gradient": (_gradient, _fake_flat, rules.gradient_rule, rules.each_element),
-    "hvp": (_hvp, _fake_rows, rules.product_rule(False), rules.stacked_rows),
-    "ggnvp": (_ggnvp, _fake_rows, rules.product_rule(True), rules.stacked_rows),
+    "hvp": (_product(False), _fake_rows, rules.product_rule(False), rules.stacked_rows),
+    "ggnvp": (_product(True), _fake_rows, rules.product_rule(True), rules.stacked_rows),
     "quadratic": (_quadratic, _fake_forms, rules.quadratic_rule, rules.stacked_rows),
     "hvp_vjp": (_hvp_vjp, _fake_flat, rules.no_rule, rules.each_element),
     "penalty": (_penalty, _fake_scalars, rules.penalty_rule, rules.each_element),
     "penalty_gradient": (_penalty_gradient, _fake_flat, rules.no_rule, rules.each_element),
 }
+
+
+def _on_tensors(overload: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher runs on real tensors."""
+    completed = rules.completion(overload)
+    return with_torch_func(lambda *args: kernel(*completed(args)))
 
 
 def _register() -> Any:
@@ -274,9 +240,9 @@ def _register() -> Any:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for name, (kernel, fake, derivative, vmap_rule) in _OPERATORS.items():
         qualified = f"hvpfast::{name}"
-        library.impl(name, with_torch_func(kernel), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=library)
         overload = getattr(ops, name).default
+        library.impl(name, _on_tensors(overload, kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=library)
         autograd = rules.autograd_kernel(overload, kernel, derivative)
         library.impl(name, autograd, "Autograd", with_keyset=True)
         torch.library.register_vmap(qualified, vmap_rule(getattr(ops, name)), lib=library)

@@ -101,6 +101,14 @@ def no_rule(inputs: list[Any], wanted: tuple[bool, bool], g: Tensor) -> Gradient
     )
 
 
+def completion(op: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What adds to arguments of an overload the defaults, which the dispatcher drops."""
+    arguments = op._schema.arguments
+    defaults = tuple(a.default_value for a in arguments if a.has_default_value())
+    missing = len(defaults) - len(arguments)  # and one more for each argument that is there
+    return lambda args: args + defaults[missing + len(args) :]
+
+
 def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> Callable[..., Any]:
     """What runs an operator where autograd looks at it: in eager mode, tracing and torch.func.grad.
 
@@ -112,7 +120,7 @@ def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> 
         implementation: what runs on real tensors.
         rule: the derivative.
     """
-    arguments, defaults = len(op._schema.arguments), implementation.__defaults__ or ()
+    completed = completion(op)
 
     class Node(torch.autograd.Function):
         @staticmethod
@@ -147,7 +155,8 @@ def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> 
 
     apply = apply_of(Node)
 
-    def kernel(keyset: Any, *args: Any) -> Any:
+    def kernel(keyset: Any, *given: Any) -> Any:
+        args = completed(given)
         tensors = [*args[0], *(t for t in args[1:] if isinstance(t, Tensor))]
         if forward_mode_is_on() and any(has_forward_tangent(t) for t in tensors):
             raise NotImplementedError(
@@ -156,8 +165,6 @@ def autograd_kernel(op: Any, implementation: Callable[..., Any], rule: Rule) -> 
             )
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return below_autograd(op, implementation, keyset, args)
-        # the dispatcher drops arguments that equal their defaults
-        args += defaults[len(defaults) - (arguments - len(args)) :]
         with at_this_level():
             return apply(keyset, args, *tensors)
 
