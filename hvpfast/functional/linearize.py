@@ -76,6 +76,8 @@ def linearize(
         TypeError: not tensors, or a mix of dtypes or devices.
         RuntimeError: the named backend cannot run this.
     """
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3; got {order!r}")
     if isinstance(params, Tensor) and params.dim() == 2:
         return linearize_models(spec, params, x, y, backend, order)
     return linearize_model(spec, params, x, y, backend, order)
@@ -90,7 +92,6 @@ def linearize_model(
     order: int,
 ) -> ModelLinearization:
     """:func:`linearize` for parameters (P,) or ``[W1, b1, ...]``."""
-    _check_order(order)
     like = check_params(spec, params)
     x_rows, y_rows = check_batch(spec, like, x, y)
     choice, largest = _plan(spec, backend, like.dtype, like.device)
@@ -107,15 +108,9 @@ def linearize_models(
     spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, backend: str, order: int
 ) -> ModelsLinearization:
     """:func:`linearize` for the parameters (M, P) of M models."""
-    _check_order(order)
     x_all, y_all = check_models(spec, params, x, y)
     choice, _ = _plan(spec, backend, params.dtype, params.device)
     state = choice.module.linearize_models(spec, params, x_all, y_all, order)
     if not cuda_graph.recording(params):
         check_losses(spec, state.loss, params, x_all, y_all)
     return ModelsLinearization(spec, state, choice, order, params, (params, x, y))
-
-
-def _check_order(order: int) -> None:
-    if order not in (2, 3):
-        raise ValueError(f"order must be 2 or 3; got {order!r}")
