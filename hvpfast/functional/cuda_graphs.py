@@ -24,6 +24,7 @@ from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.functional.linearization import Linearization
 from hvpfast.functional.linearize import linearize
 from hvpfast.functional.penalty import penalty
+from hvpfast.functional.penalty_kinds import NO_PROBES
 from hvpfast.functional.products import ggnvp, hvp
 from hvpfast.mlp.checks import (
     check_batch,
@@ -197,7 +198,7 @@ class CapturedStep(_Captured):
         if tangents is None:
             source = ProbeSource(num_probes, distribution, self.seed)
             if num_probes < 1:
-                raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
+                raise ValueError(NO_PROBES)
             self._source = source
             self._counter = torch.zeros((), dtype=torch.int64, device=self._like.device)
             tangents = self._like.detach().new_empty(num_probes, spec.num_params).T

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvpfast.backends import Choice
 from hvpfast.backends.contract import PenaltyState, State
 from hvpfast.backends.probes.source import ProbeSource
-from hvpfast.functional.penalty_kinds import check_probes, penalty_of
+from hvpfast.functional.penalty_kinds import penalty_of
 from hvpfast.mlp.checks import check_tangents, tangent_rows
 from hvpfast.mlp.spec import MLPSpec
 
@@ -183,7 +183,6 @@ class ModelLinearization(Linearization):
         self.check_third_order("penalty")
         if not isinstance(probes, ProbeSource):
             probes = tangent_rows(probes, self.num_params, self.like)
-        check_probes(probes)
         self.check_current()
         return penalty_of(self.state, kind, probes, ggn, self.like, self.num_params)
 

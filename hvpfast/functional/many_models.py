@@ -21,7 +21,7 @@ from hvpfast.backends.contract import ModelsState, PenaltyState
 from hvpfast.backends.probes.draw import probes_of_models
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.functional.linearization import Linearization, check_pairs
-from hvpfast.functional.penalty_kinds import TracePenalty, check_probes
+from hvpfast.functional.penalty_kinds import NO_PROBES, TracePenalty
 from hvpfast.mlp.checks import model_rows
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
 
@@ -99,9 +99,10 @@ class ModelsLinearization(Linearization):
             check_probe_count(self.num_models, probes.num_probes)
         else:
             probes = self.rows(probes)
-        check_probes(probes)
-        self.check_current()
         K = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[1]
+        if K < 1:
+            raise ValueError(NO_PROBES)
+        self.check_current()
         with self._in_memory("penalties", K):
             if kind == "fro2":
                 return self.state.penalty(probes, ggn)

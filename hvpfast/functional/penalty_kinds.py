@@ -15,6 +15,7 @@ from hvpfast.utils.choice import check_choice
 
 KINDS = ("fro2", "trace")
 ESTIMATORS = ("hutchinson", "exact")
+NO_PROBES = "the penalty is a mean over probes and needs one or more; got 0"
 
 
 def check_kind(kind: str, estimator: str, tangents: Tensor | None) -> None:
@@ -32,13 +33,6 @@ def probes_given(
     if tangents is not None:
         return tangents
     return ProbeSource(num_probes, distribution, fresh_seed() if seed is None else seed)
-
-
-def check_probes(probes: Tensor | ProbeSource) -> None:
-    """Raise ValueError unless there are K >= 1 probes: rows (..., K, P) or a source."""
-    count = probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[-2]
-    if count < 1:
-        raise ValueError("the penalty is a mean over probes and needs one or more; got 0")
 
 
 class TracePenalty:
@@ -69,7 +63,9 @@ class TracePenalty:
 def penalty_of(
     state: State, kind: str, probes: Tensor | ProbeSource, ggn: bool, like: Tensor, num_params: int
 ) -> PenaltyState:
-    """The penalty of a kind for probes given as rows (K, P) or as their source."""
+    """The penalty of a kind for probes given as rows (K, P) or as their source, K >= 1."""
+    if (probes.num_probes if isinstance(probes, ProbeSource) else probes.shape[0]) < 1:
+        raise ValueError(NO_PROBES)
     if kind == "fro2":
         return state.penalty(probes, ggn)
     if isinstance(probes, ProbeSource):
