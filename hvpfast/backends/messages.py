@@ -1,8 +1,10 @@
-"""What the engines say in the same words."""
+"""What the engines have in common: the words for what they refuse, and how a network is told."""
 
 from __future__ import annotations
 
+import functools
 import torch
+from torch import Tensor
 
 from hvpfast.mlp.spec import MLPSpec
 
@@ -21,3 +23,26 @@ def exact_text(spec: MLPSpec, kind: str, gradient: bool = False) -> str:
     of = "tr H" if kind == "trace" else "tr H^2"
     network = "-".join(str(d) for d in spec.sizes)
     return f"the {'gradient of the ' if gradient else ''}exact {of} of a {network} perceptron"
+
+
+def plan_arguments(
+    spec: MLPSpec,
+) -> tuple[list[int], str, str, bool, bool, list[float], int, float]:
+    """A network as the plans of the compiled engines take it."""
+    return (
+        list(spec.sizes),
+        spec.activation,
+        spec.loss,
+        spec.reduction == "mean",
+        spec.bias,
+        list(spec.class_weights or ()),
+        spec.ignore_index,
+        spec.label_smoothing,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def class_weights(spec: MLPSpec, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The class weights (C,), on the device once and for all: recorded CUDA graphs read them."""
+    weights = spec.class_weights
+    return None if weights is None else torch.tensor(weights, dtype=dtype, device=device)

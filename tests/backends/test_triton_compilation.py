@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 if triton_launch.INTERPRETED:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 BACKENDS = Path(hf.__file__).parent / "backends"
+TILES = ("own_tile", "own_entries")
 
 
 def kernel_names() -> set[str]:
@@ -24,11 +25,11 @@ def kernel_names() -> set[str]:
     names = set()
     for file in (*BACKENDS.glob("triton/*.py"), BACKENDS / "probes" / "triton.py"):
         for node in ast.parse(file.read_text()).body:
-            if not isinstance(node, ast.FunctionDef) or node.name == "own_tile":
+            if not isinstance(node, ast.FunctionDef) or node.name in TILES:
                 continue
             jitted = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
             text = ast.unparse(node)
-            if jitted and ("program_id" in text or "own_tile(" in text):
+            if jitted and any(f"{name}(" in text for name in ("program_id", *TILES)):
                 names.add(node.name)
     return names
 

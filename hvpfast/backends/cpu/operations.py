@@ -59,33 +59,21 @@ class CpuOperations:
         return out
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        out = tangents.new_empty(tangents.shape[:-1])
-        self._engine.quadratic(
-            tangents.data_ptr(), tangents.size(-2), ggn, out.data_ptr(), get_num_threads()
-        )
+        out, K = tangents.new_empty(tangents.shape[:-1]), tangents.size(-2)
+        self._engine.quadratic(tangents.data_ptr(), K, ggn, out.data_ptr(), get_num_threads())
         return out
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
         out = self.empty_gradient()
-        self._engine.hvp_vjp(
-            tangents.data_ptr(),
-            cotangents.data_ptr(),
-            tangents.size(-2),
-            ggn,
-            out.data_ptr(),
-            get_num_threads(),
-        )
+        v, u, K = tangents.data_ptr(), cotangents.data_ptr(), tangents.size(-2)
+        self._engine.hvp_vjp(v, u, K, ggn, out.data_ptr(), get_num_threads())
         return out
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenaltyOperations:
         if isinstance(probes, ProbeSource):
+            numbers = probes.seed, probes.first, probes.num_probes
             engine = self._engine.penalty_of_probes(
-                probes.distribution,
-                probes.seed,
-                probes.first,
-                probes.num_probes,
-                ggn,
-                get_num_threads(),
+                probes.distribution, *numbers, ggn, get_num_threads()
             )
             return self.penalty_type(self, engine, None)
         K = probes.size(-2)

@@ -16,7 +16,7 @@ from torch import Tensor, get_num_threads
 from hvpfast.backends.contract import State
 from hvpfast.backends.cpu.many import CpuModels
 from hvpfast.backends.cpu.operations import CpuOperations, CpuPenaltyOperations
-from hvpfast.backends.messages import PERCEPTRONS_ONLY, dtype_reason, exact_text
+from hvpfast.backends.messages import PERCEPTRONS_ONLY, dtype_reason, exact_text, plan_arguments
 from hvpfast.mlp.spec import MLPSpec
 from hvpfast.utils.memory import LARGE_BYTES, check_scratch
 
@@ -47,43 +47,22 @@ def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) 
 @functools.lru_cache(maxsize=1024)
 def plan(spec: MLPSpec, isa: str = "") -> _cpu.Plan:
     """The engine's description of a network; ``isa`` names an instruction set, "" is the best."""
-    return _cpu.Plan(
-        list(spec.sizes),
-        spec.activation,
-        spec.loss,
-        spec.reduction == "mean",
-        spec.bias,
-        list(spec.class_weights or ()),
-        spec.ignore_index,
-        spec.label_smoothing,
-        isa,
-    )
+    return _cpu.Plan(*plan_arguments(spec), isa)
 
 
 def linearize(
     spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
 ) -> CpuState:
     """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
-    engine_of, widths = plan(spec), spec.sizes
-    double = x.dtype is torch.float64
+    engine_of, D, double = plan(spec), spec.sizes, x.dtype is torch.float64
     # x (N, D[0]) and a squared-error target (N, D[L]) are contiguous
-    rest = (
-        x.data_ptr(),
-        widths[0],
-        y.data_ptr(),
-        widths[-1],
-        len(x),
-        order == 3,
-        get_num_threads(),
-    )
+    rest = (x.data_ptr(), D[0], y.data_ptr(), D[-1], len(x), order == 3, get_num_threads())
     if isinstance(params, Tensor):
         flat = engine_of.linearize_flat_float64 if double else engine_of.linearize_flat_float32
         engine = flat(params.data_ptr(), *rest)
     else:
-        layers = (
-            engine_of.linearize_layers_float64 if double else engine_of.linearize_layers_float32
-        )
-        engine = layers([p.data_ptr() for p in params], *rest)
+        make = engine_of.linearize_layers_float64 if double else engine_of.linearize_layers_float32
+        engine = make([p.data_ptr() for p in params], *rest)
     return CpuState(engine, spec, params, x, y)
 
 
@@ -171,16 +150,14 @@ class CpuState(CpuOperations):
         if not isinstance(other, CpuState):
             raise TypeError(f"the other state must be of backend 'cpu'; got {type(other).__name__}")
         self._check_scratch("fro2", ggn, chosen, False)
-        return self._engine.inner_product(
-            other._engine, ggn, *self._flags(chosen), get_num_threads()
-        )
+        flags = self._flags(chosen)
+        return self._engine.inner_product(other._engine, ggn, *flags, get_num_threads())
 
     def exact_penalty(self, kind: str, ggn: bool, chosen: Sequence[bool]) -> CpuPenalty:
         self._check_scratch(kind, ggn, chosen, True)
         flags = self._flags(chosen)
-        return CpuPenalty(
-            self, self._engine.exact_penalty(kind, ggn, *flags, get_num_threads()), None
-        )
+        engine = self._engine.exact_penalty(kind, ggn, *flags, get_num_threads())
+        return CpuPenalty(self, engine, None)
 
     def _flags(self, chosen: Sequence[bool]) -> tuple[list[bool], list[bool]]:
         """The flags of [W1, b1, ...] as those of the weights and of the biases."""
@@ -191,7 +168,6 @@ class CpuState(CpuOperations):
     def _check_scratch(self, kind: str, ggn: bool, chosen: Sequence[bool], gradient: bool) -> None:
         if _small(self._spec):
             return
-        size = self._engine.exact_bytes(
-            kind, ggn, *self._flags(chosen), gradient, get_num_threads()
-        )
+        flags = self._flags(chosen)
+        size = self._engine.exact_bytes(kind, ggn, *flags, gradient, get_num_threads())
         check_scratch(size, exact_text(self._spec, kind, gradient), self.like.device)

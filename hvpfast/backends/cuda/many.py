@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from hvpfast.backends.messages import class_weights, plan_arguments
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.streams import HiddenMemory
 from hvpfast.mlp.checks import label_message
@@ -39,16 +40,7 @@ def engine() -> _cuda.Engine | str:
 @functools.lru_cache(maxsize=1024)
 def plan(spec: MLPSpec) -> _cuda.Plan:
     """The engine's description of a network."""
-    return _loaded().Plan(
-        list(spec.sizes),
-        spec.activation,
-        spec.loss,
-        spec.reduction == "mean",
-        spec.bias,
-        list(spec.class_weights or ()),
-        spec.ignore_index,
-        spec.label_smoothing,
-    )
+    return _loaded().Plan(*plan_arguments(spec))
 
 
 def _loaded() -> _cuda.Engine:
@@ -69,9 +61,9 @@ def _sizes(
     return {}
 
 
-@functools.lru_cache(maxsize=256)
-def _class_weights(weights: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
-    return None if weights is None else torch.tensor(weights, dtype=torch.float64, device=device)
+def _array(t: Tensor, of_models: bool) -> tuple[int, int]:
+    """The address of an array, and the entries between models where each has its own."""
+    return t.data_ptr(), t[0].numel() if of_models else 0
 
 
 class CudaModelsState:
@@ -92,36 +84,25 @@ class CudaModelsState:
         M: int,
     ) -> None:
         self.spec, self._M = spec, M
-        self._weights = _class_weights(spec.class_weights, x.device)
+        self._weights = class_weights(spec, torch.float64, x.device)
         self._inputs = (params, x, y)  # keeps the memory alive
         self._dtype, self._device = x.dtype, x.device
-        flat = isinstance(params, Tensor)
-        addresses = [params.data_ptr()] if flat else [p.data_ptr() for p in params]  # type: ignore[union-attr]
-        models_x, models_y = x.dim() == 3, y.dim() == (3 if spec.loss == "mse" else 2)
-        N = x.shape[-2]
+        flat, N = isinstance(params, Tensor), x.shape[-2]
+        tensors = [params] if isinstance(params, Tensor) else list(params)
         self._sizes = _sizes(spec, x.dtype, x.device, M, N, order)
         make = plan(spec).point_float64 if x.dtype is torch.float64 else plan(spec).point_float32
         self._point = make(
-            M,
-            N,
-            addresses,
-            flat,
-            spec.num_params if M > 1 else 0,
-            x.data_ptr(),
-            x[0].numel() if models_x else 0,
-            y.data_ptr(),
-            y[0].numel() if models_y else 0,
+            M, N, [t.data_ptr() for t in tensors], flat, spec.num_params if M > 1 else 0,
+            *_array(x, x.dim() == 3), *_array(y, y.dim() == (3 if spec.loss == "mse" else 2)),
             0 if self._weights is None else self._weights.data_ptr(),
-            order == 3,
-            self._device.index or 0,
-        )
+            order == 3, self._device.index or 0,
+        )  # fmt: skip
         self.scalars = torch.empty(M, 4, dtype=torch.float64, device=self._device)
         where, _workspace, self._residuals = self._memory("linearize")
         self._point.linearize(
             self._residuals.data_ptr(), self._residuals.nbytes, self.scalars.data_ptr(), where
         )
-        inputs = (params, x, y) if isinstance(params, Tensor) else (*params, x, y)
-        self._hidden = HiddenMemory([self._residuals, self.scalars, *inputs])
+        self._hidden = HiddenMemory([self._residuals, self.scalars, *tensors, x, y])
 
     @property
     def loss(self) -> Tensor:

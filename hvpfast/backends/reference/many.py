@@ -19,7 +19,7 @@ class ReferenceModels:
 
     @property
     def loss(self) -> Tensor:
-        return torch.stack([state.loss for state in self._states])
+        return self._each(lambda state: state.loss)
 
     @property
     def normalizers(self) -> Tensor:
@@ -32,17 +32,16 @@ class ReferenceModels:
         return len(self._states) * self._states[0].nbytes
 
     def gradient(self) -> Tensor:
-        return torch.stack([state.gradient() for state in self._states])
+        return self._each(lambda state: state.gradient())
 
     def hvp(self, tangents: Tensor, ggn: bool) -> Tensor:
-        return self._each(lambda state, rows: state.hvp(rows, ggn), tangents)
+        return self._each(lambda state, v: state.hvp(v, ggn), tangents)
 
     def quadratic(self, tangents: Tensor, ggn: bool) -> Tensor:
-        return self._each(lambda state, rows: state.quadratic(rows, ggn), tangents)
+        return self._each(lambda state, v: state.quadratic(v, ggn), tangents)
 
     def hvp_vjp(self, tangents: Tensor, cotangents: Tensor, ggn: bool) -> Tensor:
-        pairs = zip(self._states, tangents, cotangents, strict=True)
-        return torch.stack([state.hvp_vjp(v, u, ggn) for state, v, u in pairs])
+        return self._each(lambda state, v, u: state.hvp_vjp(v, u, ggn), tangents, cotangents)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ReferenceModelsPenalty:
         each: Iterable[Tensor | ProbeSource]
@@ -53,9 +52,9 @@ class ReferenceModels:
         pairs = zip(self._states, each, strict=True)
         return ReferenceModelsPenalty([state.penalty(own, ggn) for state, own in pairs])
 
-    def _each(self, operation: Callable[[State, Tensor], Tensor], tangents: Tensor) -> Tensor:
-        pairs = zip(self._states, tangents, strict=True)
-        return torch.stack([operation(state, rows) for state, rows in pairs])
+    def _each(self, operation: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """``operation`` of each state and its own rows, stacked."""
+        return torch.stack([operation(*own) for own in zip(self._states, *rows, strict=True)])
 
 
 class ReferenceModelsPenalty:

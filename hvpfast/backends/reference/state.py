@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, func
 
+from hvpfast.backends.messages import class_weights
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.backends.reference import cores
@@ -93,9 +94,7 @@ def mlp_loss(
     if spec.loss == "mse":
         total = float(y.numel()) if spec.reduction == "mean" else 1.0
         return lambda z: F.mse_loss(z, y, reduction=spec.reduction), lambda: total
-    weight = None
-    if spec.class_weights is not None:
-        weight = _class_weights(spec.class_weights, like.dtype, like.device)
+    weight = class_weights(spec, like.dtype, like.device)
 
     def normalizer() -> float:
         if spec.reduction == "sum":
@@ -114,12 +113,6 @@ def mlp_loss(
         )
 
     return loss, normalizer
-
-
-@functools.lru_cache(maxsize=64)
-def _class_weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weights as a tensor; kept, so that nothing is copied while a CUDA graph is recorded."""
-    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def linearize_function(

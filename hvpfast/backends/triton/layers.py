@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvpfast.backends.triton.tiles import add_product, load_sums, own_tile
+from hvpfast.backends.triton.tiles import add_product, load_sums, own_entries
 
 
 @triton.jit
@@ -24,9 +24,7 @@ def primal_forward_layer(
     jet: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z = a_below W' + b, a = act(z), s1 = act'(z), s2 = act''(z); jet None (last layer): z."""
-    m, n, i = own_tile(N, d, ROWS, COLUMNS)
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
+    m, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     own = m * N * d + at
     if sums is None:
         zi = tl.zeros((ROWS, COLUMNS), W.dtype.element_ty)
@@ -53,9 +51,7 @@ def primal_backward_layer(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a_bar = z_bar_above W_above, z_bar = s1 * a_bar; s2 becomes act''(z) * a_bar."""
-    m, n, i = own_tile(N, d, ROWS, COLUMNS)
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
+    m, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     own = m * N * d + at
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar.dtype.element_ty)
@@ -81,10 +77,8 @@ def r_forward_layer(
 
     Stores z_dot where it is given, and a_dot likewise (None: last layer).
     """
-    k, n, i = own_tile(N, d, ROWS, COLUMNS)
+    k, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     m = k // K
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
     own = k * N * d + at
     if sums is None:
         dot = tl.zeros((ROWS, COLUMNS), V.dtype.element_ty)
@@ -115,10 +109,8 @@ def r_backward_layer(
     z_bar_dot = s1 * a_bar_dot + s2 * z_dot. The second terms belong to the Hessian: for the ggn
     z_bar_above and s2 are None.
     """
-    k, n, i = own_tile(N, d, ROWS, COLUMNS)
+    k, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     m = k // K
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
     own = k * N * d + at
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar_dot.dtype.element_ty)
@@ -149,10 +141,8 @@ def quadratic_layer(
     a_dot_below None: without the first term (first layer); s2 None: without the second (last
     layer, or act'' = 0).
     """
-    k, n, i = own_tile(N, d, ROWS, COLUMNS)
+    k, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     m = k // K
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
     form = tl.zeros((ROWS, COLUMNS), V.dtype.element_ty)
     if a_dot_below is not None:
         if sums is None:
@@ -178,9 +168,7 @@ def mixed_forward_layer(
     a_uv = s1 * z_uv + sum_k act''(z) * z_v * z_u, without the last term where jet is None. First
     layer (a_v_below None): z_uv = 0. a_uv_below None: it is zero.
     """
-    m, n, i = own_tile(N, d, ROWS, COLUMNS)
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
+    m, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     own = m * N * d + at
     zi = tl.zeros((ROWS, COLUMNS), z_uv.dtype.element_ty)
     if sums is not None:
@@ -220,9 +208,7 @@ def mixed_backward_layer(
                + s2 * z_uv + sum_k act''' * a_bar * z_v * z_u
     with act'' and act''' at z. jet None: the first term only; z_uv None (ggn): the first line only.
     """
-    m, n, i = own_tile(N, d, ROWS, COLUMNS)
-    inside = (n[:, None] < N) & (i[None, :] < d)
-    at = n.to(tl.int64)[:, None] * d + i[None, :]
+    m, n, i, at, inside = own_entries(N, d, ROWS, COLUMNS)
     own = m * N * d + at
     if sums is None:
         bar = tl.zeros((ROWS, COLUMNS), z_bar_uv.dtype.element_ty)

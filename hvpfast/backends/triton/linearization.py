@@ -9,7 +9,6 @@ with s1 = act'(z) and s2 = act''(z) * a_bar. Nothing here waits for the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hvpfast.backends.messages import class_weights
 from hvpfast.backends.triton import gemm
 from hvpfast.backends.triton.activations import JETS, PIECEWISE_LINEAR
 from hvpfast.backends.triton.layers import primal_backward_layer, primal_forward_layer
@@ -71,6 +71,8 @@ class Linearization:
         self.M = len(params) if isinstance(params, Tensor) else 1
         self.N = x.shape[-2]
         self.like = x
+        classes = max(16, triton.next_power_of_2(self.D[-1]))
+        self._loss_tile = max(1, min(64, 2048 // classes)), classes
         self.smooth = spec.activation not in PIECEWISE_LINEAR
         self.jet = JETS[spec.activation]
         L = self.L
@@ -110,15 +112,38 @@ class Linearization:
         small = mixed or self.like.dtype is torch.float64
         return tile_of(rows, columns, batch, 32 if small else 64)
 
-    def constants(self, tile: Tile, *, mixed: bool = False) -> dict[str, Any]:
-        """The compile-time arguments of a kernel that sums products in tiles."""
-        options = {
+    def launch_tiles(
+        self, kernel: Any, outputs: tuple[int, int, int], *arguments: Any, mixed: bool = False,
+        **constants: Any,
+    ) -> None:  # fmt: skip
+        """Run a kernel that sums products in tiles of ``outputs``: their number, rows, columns."""
+        batch, rows, columns = outputs
+        tile = self.tile(rows, columns, batch, mixed=mixed)
+        constants |= {
             "ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": self.precision,
             "num_warps": tile.num_warps, "num_stages": 2 if mixed else 3,
         }  # fmt: skip
         if mixed and self.like.dtype is torch.float32 and self.precision == "ieee":
-            options["maxnreg"] = MIXED_REGISTERS
-        return options
+            constants["maxnreg"] = MIXED_REGISTERS
+        launch(kernel, batch * num_tiles(rows, columns, tile), *arguments, **constants)
+
+    def launch_losses(self, kernel: Any, batch: int, *arguments: Any, **constants: Any) -> None:
+        """Run a kernel on ``batch`` outputs (N, C), all classes of some samples in each program."""
+        rows, classes = self._loss_tile
+        per_thread = 4 if self.like.dtype is torch.float64 else 8
+        launch(
+            kernel, batch * triton.cdiv(self.N, rows), *arguments, **constants,
+            ROWS=rows, CLASSES=classes, num_warps=min(32, rows * classes // (32 * per_thread)),
+        )  # fmt: skip
+
+    def parts(self, batch: int, rows: int, columns: int) -> Tensor:
+        """A new float64 tensor (batch, tiles): a number of each program of :meth:`launch_tiles`."""
+        tiles = num_tiles(rows, columns, self.tile(rows, columns, batch))
+        return self.summary.new_empty(batch, tiles)
+
+    def loss_parts(self, batch: int) -> Tensor:
+        """The same for the programs of :meth:`launch_losses`."""
+        return self.summary.new_empty(batch, triton.cdiv(self.N, self._loss_tile[0]))
 
     def torch_is_faster(self, rows: int, columns: int, depth: int, batch: int) -> bool:
         """Whether ``batch`` products (rows, depth) (depth, columns) are left to torch."""
@@ -176,45 +201,40 @@ class Linearization:
             if self.torch_is_faster(N, d, d_below, M):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(below, W.mT.unsqueeze(1), sums[0].unsqueeze(1))
-            tile = self.tile(N, d, M)
-            launch(
-                primal_forward_layer, M * num_tiles(N, d, tile),
+            self.launch_tiles(
+                primal_forward_layer, (M, N, d),
                 below, W, self.params.b[l], sums, self.z[l] if l < L else logits,
                 self.a[l], self.s1[l], self.s2[l],
                 N, d_below, d, self.below_m(l), self.params.stride, *counts(sums),
-                jet=self.jet if l < L else None, **self.constants(tile),
+                jet=self.jet if l < L else None,
             )  # fmt: skip
 
     def _loss_gradient(self, y: Tensor) -> None:
         """p, w, z_bar_L, and the summary."""
         spec, M, N, C = self.spec, self.M, self.N, self.D[self.L]
         z_bar = given(self.z_bar[self.L])
-        rows, classes, num_warps = loss_tile(C, z_bar.dtype)
-        tiles = triton.cdiv(N, rows)
-        parts = torch.empty(M, tiles, dtype=torch.float64, device=y.device)
+        parts = self.loss_parts(M)
         cross_entropy = spec.loss == "cross_entropy"
         y_m = y.stride(0) if y.dim() == (2 if cross_entropy else 3) else 0
         if cross_entropy:
-            self.weights = weights = class_weights(spec, y.device)
+            self.weights = weights = class_weights(spec, torch.float64, y.device)
             launch(
                 weigh_labels, M, y, weights, self.summary, N, C, y_m, spec.ignore_index,
                 MEAN=spec.reduction == "mean", ROWS=LABEL_ROWS,
             )  # fmt: skip
             total = C if spec.class_weights is None else sum(spec.class_weights)
-            launch(
-                cross_entropy_gradient, M * tiles,
+            self.launch_losses(
+                cross_entropy_gradient, M,
                 z_bar, y, weights, self.summary, self.p, self.weight, z_bar, parts,
                 N, C, y_m, spec.ignore_index,
                 SMOOTHING=spec.label_smoothing, SMOOTH_MASS=spec.label_smoothing * total / C,
-                ROWS=rows, CLASSES=classes, num_warps=num_warps,
             )  # fmt: skip
         else:
             normalizer = N * C if spec.reduction == "mean" else 1
             self.summary[:, 1], self.summary[:, 2] = normalizer, 1 / normalizer
-            launch(
-                squared_error_gradient, M * tiles,
+            self.launch_losses(
+                squared_error_gradient, M,
                 z_bar, y, self.summary, self.weight, z_bar, parts, N, C, y_m,
-                ROWS=rows, CLASSES=classes, num_warps=num_warps,
             )  # fmt: skip
         torch.div(parts.sum(1), self.summary[:, 1], out=self.summary[:, 0])
 
@@ -227,11 +247,10 @@ class Linearization:
             if self.torch_is_faster(N, d, d_above, M):
                 sums = self.empty(1, M, N, d)
                 gemm.multiply_shared(above, W.unsqueeze(1), sums[0].unsqueeze(1))
-            tile = self.tile(N, d, M)
-            launch(
-                primal_backward_layer, M * num_tiles(N, d, tile),
+            self.launch_tiles(
+                primal_backward_layer, (M, N, d),
                 above, W, sums, self.s1[l], self.s2[l], self.a_bar[l], self.z_bar[l],
-                N, d_above, d, self.params.stride, *counts(sums), **self.constants(tile),
+                N, d_above, d, self.params.stride, *counts(sums),
             )  # fmt: skip
 
     def gradient(self) -> Tensor:
@@ -247,11 +266,10 @@ class Linearization:
                 if b is not None:
                     torch.sum(z_bar, 1, out=b)
                 continue
-            tile = self.tile(d, d_below, self.M)
-            launch(
-                product_layer, self.M * num_tiles(d, d_below, tile),
+            self.launch_tiles(
+                product_layer, (self.M, d, d_below),
                 z_bar, below, None, None, W, b, None,
-                self.N, d, d_below, 1, self.below_m(l), self.P, **self.constants(tile),
+                self.N, d, d_below, 1, self.below_m(l), self.P,
             )  # fmt: skip
         return out
 
@@ -259,19 +277,3 @@ class Linearization:
 def counts(sums: Tensor | None) -> tuple[int, int]:
     """(num_sums, sums_t) of layers.py."""
     return (0, 0) if sums is None else (len(sums), sums.stride(0))
-
-
-def loss_tile(classes: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(samples, classes, warps) of one program of a loss kernel: all classes of some samples."""
-    width = max(16, triton.next_power_of_2(classes))
-    rows = max(1, min(64, 2048 // width))
-    per_thread = 4 if dtype is torch.float64 else 8
-    return rows, width, min(32, rows * width // (32 * per_thread))
-
-
-@functools.lru_cache(maxsize=256)
-def class_weights(spec: MLPSpec, device: torch.device) -> Tensor | None:
-    """The class weights (C,) in float64, on the device once and for all."""
-    if spec.class_weights is None:
-        return None
-    return torch.tensor(spec.class_weights, dtype=torch.float64, device=device)

@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hvpfast.backends.triton.tiles import own_entries
+
 
 @triton.jit
 def weigh_labels(
@@ -54,13 +56,9 @@ def cross_entropy_gradient(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of normalizer * loss."""
-    tiles = tl.cdiv(N, ROWS)
-    m = (tl.program_id(0) // tiles).to(tl.int64)
+    m, n, c, at, inside = own_entries(N, C, ROWS, CLASSES)
+    own = m * N * C + at
     inverse = tl.load(summary + 4 * m + 2)
-    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CLASSES)
-    inside = (n[:, None] < N) & (c[None, :] < C)
-    own = m * N * C + n.to(tl.int64)[:, None] * C + c[None, :]
     label = tl.load(y + m * y_m + n, mask=n < N, other=0)
     in_range = (label >= 0) & (label < C)
     counts = (n < N) & (label != ignore_index) & in_range
@@ -107,13 +105,8 @@ def squared_error_gradient(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of normalizer * loss."""
-    tiles = tl.cdiv(N, ROWS)
-    m = (tl.program_id(0) // tiles).to(tl.int64)
+    m, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
     inverse = tl.load(summary + 4 * m + 2)
-    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CLASSES)
-    inside = (n[:, None] < N) & (c[None, :] < C)
-    at = n.to(tl.int64)[:, None] * C + c[None, :]
     error = tl.load(z + m * N * C + at, mask=inside, other=0.0)
     error -= tl.load(y + m * y_m + at, mask=inside, other=0.0)
     w = (2 * inverse).to(z.dtype.element_ty)
@@ -138,13 +131,8 @@ def loss_hvp(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """z_bar_dot_L = D2[z_dot_L], or where z_bar_dot is None parts (M K, tiles) of <z_dot_L, D2>."""
-    tiles = tl.cdiv(N, ROWS)
-    k = (tl.program_id(0) // tiles).to(tl.int64)
+    k, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
     m = k // K
-    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CLASSES)
-    inside = (n[:, None] < N) & (c[None, :] < C)
-    at = n.to(tl.int64)[:, None] * C + c[None, :]
     u = tl.load(z_dot + k * N * C + at, mask=inside, other=0.0)
     w = tl.load(weight + m * N + n, mask=n < N, other=0.0)
     probability = p
@@ -167,12 +155,7 @@ def loss_mixed(
 
     loss_bar, g z_bar_L where it is given, adds g times the loss gradient: the passes are linear.
     """
-    tiles = tl.cdiv(N, ROWS)
-    m = (tl.program_id(0) // tiles).to(tl.int64)
-    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CLASSES)
-    inside = (n[:, None] < N) & (c[None, :] < C)
-    at = n.to(tl.int64)[:, None] * C + c[None, :]
+    m, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
     own = m * N * C + at
     w = tl.load(weight + m * N + n, mask=n < N, other=0.0)
     bar = tl.zeros((ROWS, CLASSES), z_bar_uv.dtype.element_ty)

@@ -21,8 +21,6 @@ from hvpfast.backends.triton.network import Rows, given
 from hvpfast.backends.triton.products import gram_layer
 from hvpfast.backends.triton.tangents import Streams, products, r_backward, r_forward
 from hvpfast.backends.triton.third_order import third_order
-from hvpfast.backends.triton.tiles import num_tiles
-from hvpfast.utils.triton_launch import launch
 
 MOST_GRAM_SAMPLES = 256
 LEAST_GRAM_WEIGHTS = 16384  # of the first layer, from which Gamma is worth its launches
@@ -91,11 +89,9 @@ def _first_layer(lin: Linearization, s: Streams) -> tuple[Tensor, Tensor]:
     if lin.spec.bias:
         gram += 1
     z_bar_dot, out = given(s.z_bar_dot[1]), lin.empty(M, K, N, d)
-    tile = lin.tile(N, d, M * K)
-    tiles = num_tiles(N, d, tile)
-    norms = torch.empty(M, K, tiles, dtype=torch.float64, device=x.device)
-    launch(
-        gram_layer, M * K * tiles, gram, z_bar_dot, out, norms,
-        N, d, K, 0 if len(x) == 1 else N * N, **lin.constants(tile),
+    norms = lin.parts(M * K, N, d)
+    lin.launch_tiles(
+        gram_layer, (M * K, N, d), gram, z_bar_dot, out, norms,
+        N, d, K, 0 if len(x) == 1 else N * N,
     )  # fmt: skip
-    return out, norms.sum(2)
+    return out, norms.view(M, K, -1).sum(2)

@@ -14,17 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from hvpfast.backends.triton import gemm
 from hvpfast.backends.triton.layers import quadratic_layer, r_backward_layer, r_forward_layer
-from hvpfast.backends.triton.linearization import Linearization, counts, loss_tile
+from hvpfast.backends.triton.linearization import Linearization, counts
 from hvpfast.backends.triton.losses import loss_hvp
 from hvpfast.backends.triton.network import Layers, Rows, given, no_layers
 from hvpfast.backends.triton.products import product_layer
-from hvpfast.backends.triton.tiles import num_tiles
-from hvpfast.utils.triton_launch import launch
 
 
 @dataclass
@@ -64,12 +61,10 @@ def r_forward(lin: Linearization, v: Rows, K: int, z_dot_1: Tensor | None = None
             gemm.multiply_shared(below, v.W_of_models(l, M).mT, sums[0])
             if a_dot_below is not None:
                 gemm.multiply_rows(a_dot_below, W.mT, sums[1])
-        tile = lin.tile(N, d, M * K)
-        launch(
-            r_forward_layer, M * K * num_tiles(N, d, tile),
+        lin.launch_tiles(
+            r_forward_layer, (M * K, N, d),
             a_dot_below, below, W, V, v.b[l], sums, lin.s1[l], s.z_dot[l], s.a_dot[l],
             N, d_below, d, K, lin.below_m(l), lin.params.stride, v.stride, *counts(sums),
-            **lin.constants(tile),
         )  # fmt: skip
     return s
 
@@ -78,11 +73,9 @@ def loss_product(lin: Linearization, s: Streams, keep: bool) -> None:
     """z_bar_dot_L = D2[z_dot_L], in its place unless it is kept."""
     z_dot = given(s.z_dot[lin.L])
     s.z_bar_dot[lin.L] = torch.empty_like(z_dot) if keep else z_dot
-    rows, classes, num_warps = loss_tile(lin.D[lin.L], lin.like.dtype)
-    launch(
-        loss_hvp, lin.M * s.K * triton.cdiv(lin.N, rows),
-        lin.p, lin.weight, z_dot, s.z_bar_dot[lin.L], None,
-        lin.N, lin.D[lin.L], s.K, ROWS=rows, CLASSES=classes, num_warps=num_warps,
+    lin.launch_losses(
+        loss_hvp, lin.M * s.K,
+        lin.p, lin.weight, z_dot, s.z_bar_dot[lin.L], None, lin.N, lin.D[lin.L], s.K,
     )  # fmt: skip
 
 
@@ -107,12 +100,11 @@ def r_backward(lin: Linearization, v: Rows, s: Streams, ggn: bool, keep: bool) -
         s.z_bar_dot[l] = lin.empty(M, K, N, d) if in_place is None else in_place
         if keep and lin.smooth:
             s.a_bar_dot[l] = lin.empty(M, K, N, d)
-        tile = lin.tile(N, d, M * K)
-        launch(
-            r_backward_layer, M * K * num_tiles(N, d, tile),
+        lin.launch_tiles(
+            r_backward_layer, (M * K, N, d),
             above, None if ggn else z_bar_above, W, V, sums,
             lin.s1[l], None if ggn else lin.s2[l], s.z_dot[l], s.a_bar_dot[l], s.z_bar_dot[l],
-            N, d_above, d, K, lin.params.stride, v.stride, *counts(sums), **lin.constants(tile),
+            N, d_above, d, K, lin.params.stride, v.stride, *counts(sums),
         )  # fmt: skip
 
 
@@ -136,13 +128,11 @@ def products(lin: Linearization, s: Streams, out: Rows, ggn: bool, first: int = 
                 torch.sum(z_bar_dot.flatten(0, 1), 1, out=b)
                 norms.append(torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)[:, None] ** 2)
             continue
-        tile = lin.tile(d, d_below, M * K)
-        tiles = num_tiles(d, d_below, tile)
-        parts = torch.empty(M * K, tiles, dtype=torch.float64, device=W.device)
-        launch(
-            product_layer, M * K * tiles,
+        parts = lin.parts(M * K, d, d_below)
+        lin.launch_tiles(
+            product_layer, (M * K, d, d_below),
             z_bar_dot, below, z_bar, a_dot, W, b, parts,
-            N, d, d_below, K, lin.below_m(l), out.stride, **lin.constants(tile),
+            N, d, d_below, K, lin.below_m(l), out.stride,
         )  # fmt: skip
         norms.append(parts)
     return torch.cat(norms, 1).sum(1).view(M, K)
@@ -171,15 +161,9 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
         return lin.empty(M, 0)
     v = Rows(lin.layout, tangents.flatten(0, 1))
     s = r_forward(lin, v, K)
-
-    def new_parts(tiles: int) -> Tensor:
-        return torch.empty(M * K, tiles, dtype=torch.float64, device=tangents.device)
-
-    rows, classes, num_warps = loss_tile(lin.D[L], lin.like.dtype)
-    parts = [new_parts(triton.cdiv(N, rows))]
-    launch(
-        loss_hvp, parts[0].numel(), lin.p, lin.weight, s.z_dot[L], None, parts[0],
-        N, lin.D[L], K, ROWS=rows, CLASSES=classes, num_warps=num_warps,
+    parts = [lin.loss_parts(M * K)]
+    lin.launch_losses(
+        loss_hvp, M * K, lin.p, lin.weight, s.z_dot[L], None, parts[0], N, lin.D[L], K,
     )  # fmt: skip
     for l in range(1, L + 1):
         if ggn or (l == 1 and lin.s2[l] is None):
@@ -189,11 +173,10 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
         if a_dot_below is not None and lin.torch_is_faster(N, d, d_below, M * K):
             sums = lin.empty(1, M, K, N, d)
             gemm.multiply_each(a_dot_below, v.W_of_models(l, M).mT, sums[0])
-        tile = lin.tile(N, d, M * K)
-        parts.append(new_parts(num_tiles(N, d, tile)))
-        launch(
-            quadratic_layer, parts[-1].numel(),
+        parts.append(lin.parts(M * K, N, d))
+        lin.launch_tiles(
+            quadratic_layer, (M * K, N, d),
             a_dot_below, V, sums, lin.s2[l], s.z_dot[l], lin.z_bar[l], parts[-1],
-            N, d_below, d, K, v.stride, *counts(sums), **lin.constants(tile),
+            N, d_below, d, K, v.stride, *counts(sums),
         )  # fmt: skip
     return torch.cat(parts, 1).sum(1).view(M, K).to(tangents.dtype)

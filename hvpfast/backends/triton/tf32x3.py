@@ -8,10 +8,9 @@ are those of ``triton``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
-from torch import Tensor
 
 from hvpfast.backends.triton import state as triton
 from hvpfast.mlp.spec import MLPSpec
@@ -35,15 +34,5 @@ def unsupported(spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) 
     return triton.unsupported(spec, device, dtype)
 
 
-def linearize(
-    spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
-) -> triton.TritonState:
-    """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
-    return triton.linearize(spec, params, x, y, order, precision="tf32x3")
-
-
-def linearize_models(
-    spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
-) -> triton.TritonModelsState:
-    """M states in one: params (M, P), x (M, N, D[0]) or (N, D[0]), y likewise."""
-    return triton.linearize_models(spec, params, x, y, order, precision="tf32x3")
+linearize = functools.partial(triton.linearize, precision="tf32x3")
+linearize_models = functools.partial(triton.linearize_models, precision="tf32x3")

@@ -23,18 +23,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from hvpfast.backends.triton import gemm
 from hvpfast.backends.triton.layers import mixed_backward_layer, mixed_forward_layer
-from hvpfast.backends.triton.linearization import Linearization, counts, loss_tile
+from hvpfast.backends.triton.linearization import Linearization, counts
 from hvpfast.backends.triton.losses import loss_mixed
 from hvpfast.backends.triton.network import Layers, Rows, given, no_layers
 from hvpfast.backends.triton.products import mixed_product_layer
 from hvpfast.backends.triton.tangents import Streams, r_backward, r_forward
-from hvpfast.backends.triton.tiles import num_tiles
-from hvpfast.utils.triton_launch import launch
 
 
 @dataclass
@@ -98,13 +95,12 @@ def _forward(
         mixed.z[l] = lin.residual(l)
         if l < L:
             mixed.a[l] = lin.residual(l)
-        tile = lin.tile(N, d, M, mixed=True)
-        launch(
-            mixed_forward_layer, M * num_tiles(N, d, tile),
+        lin.launch_tiles(
+            mixed_forward_layer, (M, N, d),
             a_uv, a_v, a_u, W, V, U, sums,
             lin.z[l], lin.s1[l], s_v.z_dot[l], s_u.z_dot[l], mixed.z[l], mixed.a[l],
             N, d_below, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth and l < L else None, **lin.constants(tile, mixed=True),
+            jet=lin.jet if lin.smooth and l < L else None, mixed=True,
         )  # fmt: skip
 
 
@@ -113,11 +109,10 @@ def _loss(
 ) -> None:
     L = lin.L
     mixed.z_bar[L] = lin.residual(L)
-    rows, classes, num_warps = loss_tile(lin.D[L], lin.like.dtype)
-    launch(
-        loss_mixed, lin.M * triton.cdiv(lin.N, rows),
+    lin.launch_losses(
+        loss_mixed, lin.M,
         lin.p, lin.weight, mixed.z[L], s_v.z_dot[L], s_u.z_dot[L], loss_bar, mixed.z_bar[L],
-        lin.N, lin.D[L], s_v.K, ROWS=rows, CLASSES=classes, num_warps=num_warps,
+        lin.N, lin.D[L], s_v.K,
     )  # fmt: skip
 
 
@@ -138,14 +133,13 @@ def _backward(
                 factor = rows.W_of_models(l + 1, M)
                 gemm.multiply_each(bar, factor, sums[at : at + K].transpose(0, 1))
         mixed.z_bar[l] = lin.residual(l)
-        tile = lin.tile(N, d, M, mixed=True)
-        launch(
-            mixed_backward_layer, M * num_tiles(N, d, tile),
+        lin.launch_tiles(
+            mixed_backward_layer, (M, N, d),
             bar_uv, bar_v, bar_u, W, V, U, sums,
             lin.z[l], lin.a_bar[l], lin.s1[l], lin.s2[l], s_v.z_dot[l], s_u.z_dot[l],
             s_v.a_bar_dot[l], s_u.a_bar_dot[l], mixed.z[l], mixed.z_bar[l],
             N, d_above, d, K, lin.params.stride, v.stride, u.stride, *counts(sums),
-            jet=lin.jet if lin.smooth else None, **lin.constants(tile, mixed=True),
+            jet=lin.jet if lin.smooth else None, mixed=True,
         )  # fmt: skip
 
 
@@ -171,11 +165,10 @@ def _products(lin: Linearization, s_v: Streams, s_u: Streams, mixed: Mixed) -> T
             if b is not None:
                 torch.sum(bar_uv, 1, out=b)
             continue
-        tile = lin.tile(d, d_below, M)
-        launch(
-            mixed_product_layer, M * num_tiles(d, d_below, tile),
+        lin.launch_tiles(
+            mixed_product_layer, (M, d, d_below),
             bar_uv, below, z_bar, a_uv, bar_v, bar_u, a_v, a_u, W, b,
-            N, d, d_below, K, lin.below_m(l), lin.P, **lin.constants(tile),
+            N, d, d_below, K, lin.below_m(l), lin.P,
         )  # fmt: skip
     return out
 

@@ -57,6 +57,14 @@ def own_tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def own_entries(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """:func:`own_tile`, the numbers of its entries in the output, and which entries there are."""
+    batch, i, j = own_tile(rows, columns, ROWS, COLUMNS)
+    at = i.to(tl.int64)[:, None] * columns + j[None, :]
+    return batch, i, j, at, (i[:, None] < rows) & (j[None, :] < columns)
+
+
+@triton.jit
 def add_product(
     sum, a, a_row, a_depth, b, b_depth, b_column, rows, columns, i, j, depth,
     PRECISION: tl.constexpr,
