@@ -31,13 +31,14 @@ class Plan:
         layout: shapes and numels of the parameters, None if the model has one flat parameter.
     """
 
-    __slots__ = ("_loss", "_model", "_slots", "_structure", "layout", "spec")
+    __slots__ = ("_loss", "_model", "_slots", "_structure", "_weight", "layout", "spec")
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
         self.spec: MLPSpec = spec_of(model, loss_fn)
         self.layout = None if type(model) is MLP else (self.spec.shapes, self.spec.numels)
         self._structure = _structure(model)
         self._loss = _loss_state(loss_fn)
+        self._weight = getattr(loss_fn, "weight", None)  # kept alive: its id stays its own
         self._slots = [
             (module._parameters, name)
             for module in model.modules()
@@ -105,18 +106,6 @@ def _loss_state(loss_fn: Callable[..., Any]) -> object:
         state.get("reduction"),
         state.get("ignore_index"),
         state.get("label_smoothing"),
-        weight if weight is None else (_Identity(weight), weight._version),
+        weight if weight is None else (id(weight), weight._version),
         hooks_of(loss_fn),
     )
-
-
-class _Identity:
-    """A tensor compared by identity, and kept alive so that the identity stays its own."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.tensor is other.tensor

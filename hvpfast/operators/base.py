@@ -140,8 +140,7 @@ class LinearOperator(ABC):
     def __sub__(self, other: LinearOperator) -> LinearOperator:
         return _Sum(self, -other) if isinstance(other, LinearOperator) else _refuse_number(other)
 
-    def __rsub__(self, other: Any) -> Any:
-        return _refuse_number(other)
+    __rsub__ = __radd__
 
     def __neg__(self) -> LinearOperator:
         return Affine(self, -1.0, 0.0)
@@ -232,8 +231,11 @@ def _refuse_array(other: Any) -> Any:
 class _Combined(LinearOperator):
     """A combination of operators of one size, dtype and device.
 
-    It has the layout of the operands where they agree in it, and none otherwise.
+    It has the layout of the operands where they agree in it, and none otherwise. ``_formula`` is
+    the combination as text, with A, B for its operands.
     """
+
+    _formula: str
 
     def __init__(self, *operands: LinearOperator) -> None:
         first = operands[0]
@@ -251,26 +253,19 @@ class _Combined(LinearOperator):
             number = operand.agreed(number)
         return number
 
-    @abstractmethod
-    def _formula(self) -> str:
-        """The combination as text, with A, B for its operands."""
-
     @property
     def self_adjoint(self) -> bool:
-        """Whether all operands are."""
         return all(operand.self_adjoint for operand in self._operands)
 
     def explain(self) -> str:
-        """The formula, and the explanations of its operands."""
-        lines = [f"{self._formula()}, where"]
+        lines = [f"{self._formula}, where"]
         for name, operand in zip("AB", self._operands, strict=False):
             lines += [f"{name} = " + operand.explain().replace("\n", "\n    ")]
         return "\n".join(lines)
 
 
 class _Sum(_Combined):
-    def _formula(self) -> str:
-        return "A + B"
+    _formula = "A + B"
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self._operands[0]._apply(rows).add_(self._operands[1]._apply(rows))
@@ -285,10 +280,8 @@ class Affine(_Combined):
     def __init__(self, operand: LinearOperator, factor: float, shift: float) -> None:
         super().__init__(operand)
         self.operand, self._factor, self._shift = operand, factor, shift
-
-    def _formula(self) -> str:
-        scaled = "A" if self._factor == 1 else f"{self._factor:g} A"
-        return f"{scaled} + {self._shift:g} I" if self._shift else scaled
+        scaled = "A" if factor == 1 else f"{factor:g} A"
+        self._formula = f"{scaled} + {shift:g} I" if shift else scaled
 
     def _finish(self, out: Tensor, rows: Tensor) -> Tensor:
         if self._factor != 1:
@@ -303,8 +296,7 @@ class Affine(_Combined):
 
 
 class _Product(_Combined):
-    def _formula(self) -> str:
-        return "A B"
+    _formula = "A B"
 
     @property
     def self_adjoint(self) -> bool:
@@ -319,8 +311,7 @@ class _Product(_Combined):
 
 
 class _Adjoint(_Combined):
-    def _formula(self) -> str:
-        return "A'"
+    _formula = "A'"
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self._operands[0]._apply_adjoint(rows)
@@ -329,5 +320,4 @@ class _Adjoint(_Combined):
         return self._operands[0]._apply(rows)
 
     def adjoint(self) -> LinearOperator:
-        """A itself."""
         return self._operands[0]

@@ -270,13 +270,13 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return value
 
 
-def settings_of(model: nn.Module, loss_fn: Callable[..., Any], **more: object) -> dict[str, object]:
+def settings_of(model: nn.Module, loss_fn: Callable[..., Any]) -> dict[str, str]:
     """What operators must have in common in all processes, besides the values of parameters."""
     modules = {
         f"the module {name!r}": f"{type(module).__qualname__}({module.extra_repr()})"
         for name, module in model.named_modules()
     }
-    return {**modules, "the loss": _loss_text(loss_fn), **more}
+    return {**modules, "the loss": _loss_text(loss_fn)}
 
 
 def _loss_text(loss_fn: Any) -> str:

@@ -101,7 +101,6 @@ class CurvatureOperator(LinearOperator):
         )
         self.model, self.linearized, self.entries = model, linearized, entries
         self._chunk_size = chunk_size
-        self._names = layout.names
         self.subset = Subset(entries, linearized.objective.tensors)
         width = sum(t.numel() for t in linearized.objective.tensors)
         # memory per tangent, estimated: the tangent and its product, both whole and chosen parts,
@@ -121,7 +120,7 @@ class CurvatureOperator(LinearOperator):
     @property
     def param_names(self) -> tuple[str, ...]:
         """Names of the chosen parameters, in the order of the flat vector."""
-        return self._names
+        return self.layout.names
 
     @property
     def self_adjoint(self) -> bool:
@@ -182,7 +181,7 @@ class CurvatureOperator(LinearOperator):
 
     def explain(self) -> str:
         """Text: what runs where and why, what is kept in memory, and what was checked."""
-        kind = "generalised Gauss-Newton" if self._ggn else "Hessian"
+        kind, names = "generalised Gauss-Newton" if self._ggn else "Hessian", self.param_names
         chunk = f"{self._chunk_size} tangents at a time"
         if self._chunk_size == "auto":
             chunk = f"auto, up to {self._chunk()} tangents at a time"
@@ -190,7 +189,7 @@ class CurvatureOperator(LinearOperator):
             f"{kind} of {type(self.model).__name__}, P = {self.num_params}, {self.dtype} on "
             f"{self.device}",
             self.linearized.objective.text,
-            f"parameters: {', '.join(self._names[:8])}" + (", ..." if len(self._names) > 8 else ""),
+            f"parameters: {', '.join(names[:8])}" + (", ..." if len(names) > 8 else ""),
             *self.linearized.describe(),
             f"chunk_size: {chunk}",
             f"determinism: {self._determinism}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.mlp.module import MLP
-from hvpfast.mlp.spec import layer_shapes
+from hvpfast.mlp.spec import MLPSpec
 
 
 class Entry(NamedTuple):
@@ -94,12 +95,10 @@ def layers_of(model: nn.Module) -> list[Entry]:
     """One entry per weight and bias, those of an :class:`MLP` being pieces of its flat tensor."""
     if type(model) is not MLP:
         return _parameters_of(model)
-    entries, offset, kinds = [], 0, ("weight", "bias") if model.bias else ("weight",)
-    for index, shape in enumerate(layer_shapes(model.sizes, model.bias)):
-        name = f"{index // len(kinds)}.{kinds[index % len(kinds)]}"
-        entries.append(Entry(name, shape, model.flat, offset))
-        offset += prod(shape)
-    return entries
+    spec = MLPSpec(model.sizes, model.activation, bias=model.bias)
+    offsets = itertools.accumulate(spec.numels, initial=0)
+    pieces = zip(spec.names, spec.shapes, offsets, strict=False)  # the last offset is P
+    return [Entry(name, shape, model.flat, offset) for name, shape, offset in pieces]
 
 
 def _parameters_of(model: nn.Module) -> list[Entry]:
