@@ -51,6 +51,8 @@ class Cores:
         ggn: whether H is the Gauss-Newton matrix.
 
     Raises:
+        RuntimeError: in each value: parameters or data were changed since the operator was made.
+        MemoryError: in each value: the scratch memory of a few samples is not available.
         NotImplementedError: the model, the loss or the data are not those of a perceptron, a
             parameter tensor is chosen in part, or the data are spread over processes.
     """
@@ -69,20 +71,11 @@ class Cores:
         self._chosen = [subset.holds(a, b) for a, b in itertools.pairwise(ends)]
 
     def trace(self) -> Tensor:
-        """tr H, 0-dim.
-
-        Raises:
-            RuntimeError: parameters or data were changed since the operator was made.
-            MemoryError: the scratch memory of a few samples is not available.
-        """
+        """tr H, 0-dim."""
         return self.sample_traces().double().sum().to(self._linearized.objective.dtype)
 
     def sample_traces(self) -> Tensor:
-        """The trace of each sample's part of H, (N,), in the order of the data; their sum is tr H.
-
-        Raises:
-            RuntimeError, MemoryError: as :meth:`trace`.
-        """
+        """The traces of the samples' parts of H, (N,), in the order of the data."""
         linearized, ggn, chosen = self._linearized, self._ggn, self._chosen
         parts = self._over_batches(lambda c, s: c * s.sample_traces(ggn, chosen), "traces")
         if linearized.skipped:  # batches of which no sample counts
@@ -93,11 +86,7 @@ class Cores:
         return torch.cat(parts)
 
     def diagonal(self) -> Tensor:
-        """diag H, (P,), in the order of the operator's parameters.
-
-        Raises:
-            RuntimeError, MemoryError: as :meth:`trace`.
-        """
+        """diag H, (P,), in the order of the operator's parameters."""
         total: Tensor | None = None
         for part in self._over_batches(lambda c, s: c * s.diagonal(self._ggn), "diagonal"):
             total = part if total is None else total.add_(part)
@@ -105,11 +94,7 @@ class Cores:
         return self._subset.restrict(total.unsqueeze(0))[0]
 
     def frobenius_sq(self) -> Tensor:
-        """tr H^2 = ||H||_F^2, 0-dim; the work grows with N^2 for N samples.
-
-        Raises:
-            RuntimeError, MemoryError: as :meth:`trace`.
-        """
+        """tr H^2 = ||H||_F^2, 0-dim; the work grows with N^2 for N samples."""
         linearized, total = self._linearized, 0.0
         linearized.check_current()
         with linearized.running():

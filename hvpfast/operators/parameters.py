@@ -141,11 +141,8 @@ def select(model: nn.Module, params: Any) -> list[Entry]:
             "params must be None, a dict name -> parameter, a list of parameters, or name "
             f"patterns such as '0.*'; got {type(params).__name__}"
         )
-    given = (
-        [params]
-        if isinstance(params, str)
-        else list(params.items() if isinstance(params, Mapping) else params)
-    )
+    items = params.items() if isinstance(params, Mapping) else params
+    given = [items] if isinstance(items, str) else list(items)
     if not given:
         raise ValueError("params is empty: name at least one parameter, or pass None for all")
     if all(isinstance(item, str) for item in given):

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 if triton_launch.INTERPRETED:
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 BACKENDS = Path(hf.__file__).parent / "backends"
-TILES = ("own_tile", "own_entries")
+TILES = ("own_tile", "own_entries", "own_samples")
 
 
 def kernel_names() -> set[str]:

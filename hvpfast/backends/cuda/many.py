@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -87,16 +87,16 @@ class CudaModelsState:
         self._weights = class_weights(spec, torch.float64, x.device)
         self._inputs = (params, x, y)  # keeps the memory alive
         self._dtype, self._device = x.dtype, x.device
-        flat, N = isinstance(params, Tensor), x.shape[-2]
-        tensors = [params] if isinstance(params, Tensor) else list(params)
+        N, tensors = x.shape[-2], [params] if isinstance(params, Tensor) else list(params)
         self._sizes = _sizes(spec, x.dtype, x.device, M, N, order)
         make = plan(spec).point_float64 if x.dtype is torch.float64 else plan(spec).point_float32
-        self._point = make(
-            M, N, [t.data_ptr() for t in tensors], flat, spec.num_params if M > 1 else 0,
-            *_array(x, x.dim() == 3), *_array(y, y.dim() == (3 if spec.loss == "mse" else 2)),
-            0 if self._weights is None else self._weights.data_ptr(),
-            order == 3, self._device.index or 0,
-        )  # fmt: skip
+        stride = spec.num_params if M > 1 else 0
+        own = [t.data_ptr() for t in tensors], isinstance(params, Tensor), stride
+        own_x = _array(x, x.dim() == 3)
+        own_y = _array(y, y.dim() == (3 if spec.loss == "mse" else 2))
+        weights = 0 if self._weights is None else self._weights.data_ptr()
+        index = self._device.index or 0
+        self._point = make(M, N, *own, *own_x, *own_y, weights, order == 3, index)
         self.scalars = torch.empty(M, 4, dtype=torch.float64, device=self._device)
         where, _workspace, self._residuals = self._memory("linearize")
         self._point.linearize(
@@ -136,7 +136,6 @@ class CudaModelsState:
         return [(loss, normalizer) for loss, normalizer, _, _ in rows]
 
     def explain(self) -> list[str]:
-        """How it runs, for ``Linearization.explain()``."""
         return [f"matrix products: {self._point.matrix_products()}"]
 
     def gradient(self) -> Tensor:
@@ -193,22 +192,24 @@ class CudaModelsState:
         """
         if operation != "linearize":
             self._hidden.used()
+        drawn = _probes(source)
+
+        def num_bytes(K: int) -> tuple[int, int]:
+            return self._point.num_bytes(operation, K, ggn, drawn)
+
         key = operation, K, ggn, None if source is None else source.distribution
-        sizes = self._sizes.get(key)
-        if sizes is None:
-            sizes = self._point.num_bytes(operation, K, ggn, _probes(source))
-            self._sizes[key] = sizes
-        workspace_bytes, kept_bytes = sizes
-        kept_bytes = kept_bytes if keep else 0
+        if key not in self._sizes:
+            self._sizes[key] = num_bytes(K)
+        workspace_bytes, kept_bytes = self._sizes[key]
+        sizes = workspace_bytes, kept_bytes if keep else 0
         try:
             workspace, kept = (
-                torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
-                for size in (workspace_bytes, kept_bytes)
+                torch.empty(max(size, 1), dtype=torch.uint8, device=self._device) for size in sizes
             )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            self._out_of_memory(operation, K, ggn, source, workspace_bytes + kept_bytes, error)
+            raise self._too_large(operation, K, sum(sizes), num_bytes) from error
         return self._where(workspace), workspace, kept
 
     def _where(self, workspace: Tensor) -> _cuda.Where:
@@ -219,28 +220,21 @@ class CudaModelsState:
             self._device.index or 0, stream, workspace.data_ptr(), workspace.nbytes
         )
 
-    def _out_of_memory(
-        self,
-        operation: str,
-        K: int,
-        ggn: bool,
-        source: ProbeSource | None,
-        size: int,
-        error: Exception,
-    ) -> NoReturn:
-        """Raise MemoryError with what the operation takes and what would fit."""
+    def _too_large(
+        self, operation: str, K: int, size: int, num_bytes: Callable[[int], tuple[int, int]]
+    ) -> MemoryError:
+        """The error that says what the operation takes and what would fit."""
         free = available_bytes(self._device)
         text = f"{operation} takes {bytes_text(size)} of {self._device} memory"
         if operation != "linearize" and K > 1:
-            drawn = _probes(source)
-            one, two = (sum(self._point.num_bytes(operation, k, ggn, drawn)) for k in (1, 2))
+            one, two = (sum(num_bytes(k)) for k in (1, 2))
             fits = max(0, 1 + (free - one) // max(1, two - one)) if free >= one else 0
             text += f" for K = {K} tangents of {self._M} model(s); {bytes_text(free)} are free"
             text += f", enough for K = {fits}: take fewer at once"
         else:
             text += f" for N = {self._inputs[1].shape[-2]} samples of {self._M} model(s); "
             text += f"{bytes_text(free)} are free: take fewer samples at once"
-        raise MemoryError(text) from error
+        return MemoryError(text)
 
 
 def _probes(source: ProbeSource | None) -> _cuda.Probes | None:
@@ -258,31 +252,16 @@ class CudaModelsPenalty:
 
     def __init__(self, state: CudaModelsState, tangents: Tensor | ProbeSource, ggn: bool) -> None:
         self._state, self._ggn = state, ggn
-        self._tangents: Tensor | None = None
-        self._source: ProbeSource | None = None
-        if isinstance(tangents, ProbeSource):
-            self._source, self._K = tangents, tangents.num_probes
-        else:
-            self._tangents, self._K = tangents, tangents.shape[1]
-        where, _workspace, self._kept = state._memory("penalty", self._K, ggn, self._source)
+        self._source = tangents if isinstance(tangents, ProbeSource) else None
+        rows = [] if isinstance(tangents, ProbeSource) else [tangents]
+        self._K = rows[0].shape[1] if self._source is None else self._source.num_probes
+        # the address of the tangents, or their source
+        self._given = rows[0].data_ptr() if rows else 0, _probes(self._source), self._K, ggn
+        where, _workspace, kept = state._memory("penalty", self._K, ggn, self._source)
+        self._kept = kept.data_ptr(), kept.nbytes
         self.values = torch.empty(state._M, dtype=torch.float64, device=state._device)
-        state._point.penalty(
-            *self._given(),
-            self._K,
-            ggn,
-            self.values.data_ptr(),
-            self._kept.data_ptr(),
-            self._kept.nbytes,
-            where,
-        )
-        rows = [] if self._tangents is None else [self._tangents]
-        self._hidden = HiddenMemory([self._kept, self.values, *rows])
-
-    def _given(self) -> tuple[int, _cuda.Probes | None]:
-        """The address of the tangents, or their source."""
-        if self._tangents is not None:
-            return self._tangents.data_ptr(), None
-        return 0, _probes(self._source)
+        state._point.penalty(*self._given, self.values.data_ptr(), *self._kept, where)
+        self._hidden = HiddenMemory([kept, self.values, *rows])
 
     @property
     def loss(self) -> Tensor:
@@ -294,21 +273,12 @@ class CudaModelsPenalty:
         return self.values.to(self._state._dtype, copy=True)
 
     def gradient(self, g_loss: float, g_penalty: float) -> Tensor:
-        state, K = self._state, self._K
+        state = self._state
         self._hidden.used()
         out = state._empty(state.spec.num_params)
         where, _workspace, _ = state._memory(
-            "penalty_gradient", K, self._ggn, self._source, keep=False
+            "penalty_gradient", self._K, self._ggn, self._source, keep=False
         )
-        state._point.penalty_gradient(
-            *self._given(),
-            K,
-            self._ggn,
-            g_loss,
-            g_penalty,
-            out.data_ptr(),
-            self._kept.data_ptr(),
-            self._kept.nbytes,
-            where,
-        )
+        weights = g_loss, g_penalty
+        state._point.penalty_gradient(*self._given, *weights, out.data_ptr(), *self._kept, where)
         return out

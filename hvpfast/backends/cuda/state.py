@@ -66,15 +66,7 @@ def linearize(
 def linearize_models(
     spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
 ) -> CudaModelsState:
-    """The states of M models at parameters (M, P).
-
-    Args:
-        spec: the network of every model.
-        params: (M, P), contiguous, used in place.
-        x: (M, N, D[0]), or (N, D[0]) for all models.
-        y: (M, N) or (M, N, D[L]), or without M for all models.
-        order: 3, or 2 to keep only what hvp and quadratic need.
-    """
+    """The states of M models at (M, P), each with its own x and y or all with the same ones."""
     return CudaModelsState(spec, params, x, y, order, len(params))
 
 
@@ -90,11 +82,9 @@ class CudaState(OneModel[CudaModelsState]):
 
     @property
     def normalizer(self) -> float:
-        """Read from the device when first asked for, which waits for it."""
         return self._models.values[0][1]
 
     def explain(self) -> list[str]:
-        """How it runs, for ``Linearization.explain()``."""
         return self._models.explain()
 
     def _no_exact(self, kind: str) -> NotImplementedError:

@@ -5,8 +5,6 @@ All give the same bits.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -89,12 +87,8 @@ def probes_of_models(
 
     They are written to ``out`` where it is given; they are drawn where :func:`probe_rows` draws.
     """
-    _of_model(source, stride, num_models - 1)  # raises where its probes are out of range
+    source.of_model(num_models - 1, stride)  # raises where its probes are out of range
     return _rows(source, stride, num_models, num_params, dtype, device, out)
-
-
-def _of_model(source: ProbeSource, stride: int, m: int) -> ProbeSource:
-    return replace(source, first=source.first + m * stride)
 
 
 def _rows(
@@ -111,7 +105,7 @@ def _rows(
     if compiled and device is not None and kernels_run_on(there := torch.device(device)):
         return rows_of_models(source, stride, num_models, num_params, dtype, there)
     if _cpu is None or not compiled:
-        sources = [_of_model(source, stride, m) for m in range(num_models)]
+        sources = [source.of_model(m, stride) for m in range(num_models)]
         drawn = np.stack([numpy_rows(own, num_params) for own in sources])
         rows = torch.from_numpy(drawn).to(device=device, dtype=dtype)
         return rows if out is None else out.copy_(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvpfast.utils.choice import check_choice
 
@@ -39,10 +39,10 @@ class ProbeSource:
         if self.first + self.num_probes > 2**32:
             raise ValueError(f"probe indices must stay below 2**32; got first={self.first}")
 
-    def of_model(self, m: int) -> ProbeSource:
-        """The K probes of model m of many, which have the probes one model after the other."""
-        first = self.first + m * self.num_probes
-        return ProbeSource(self.num_probes, self.distribution, self.seed, first)
+    def of_model(self, m: int, stride: int | None = None) -> ProbeSource:
+        """The K probes of model m of many, from ``first + m stride`` on; the stride None is K."""
+        stride = self.num_probes if stride is None else stride
+        return replace(self, first=self.first + m * stride)
 
 
 def fresh_seed() -> int:

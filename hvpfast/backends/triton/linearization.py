@@ -113,28 +113,26 @@ class Linearization:
         return tile_of(rows, columns, batch, 32 if small else 64)
 
     def launch_tiles(
-        self, kernel: Any, outputs: tuple[int, int, int], *arguments: Any, mixed: bool = False,
-        **constants: Any,
-    ) -> None:  # fmt: skip
-        """Run a kernel that sums products in tiles of ``outputs``: their number, rows, columns."""
-        batch, rows, columns = outputs
+        self, kernel: Any, shape: tuple[int, int, int], *args: Any, mixed: bool = False, **more: Any
+    ) -> None:
+        """Run a kernel that sums products, in tiles of its outputs (batch, rows, columns)."""
+        batch, rows, columns = shape
         tile = self.tile(rows, columns, batch, mixed=mixed)
-        constants |= {
+        more |= {
             "ROWS": tile.rows, "COLUMNS": tile.columns, "PRECISION": self.precision,
             "num_warps": tile.num_warps, "num_stages": 2 if mixed else 3,
         }  # fmt: skip
         if mixed and self.like.dtype is torch.float32 and self.precision == "ieee":
-            constants["maxnreg"] = MIXED_REGISTERS
-        launch(kernel, batch * num_tiles(rows, columns, tile), *arguments, **constants)
+            more["maxnreg"] = MIXED_REGISTERS
+        launch(kernel, batch * num_tiles(rows, columns, tile), *args, **more)
 
-    def launch_losses(self, kernel: Any, batch: int, *arguments: Any, **constants: Any) -> None:
+    def launch_losses(self, kernel: Any, batch: int, *args: Any, **more: Any) -> None:
         """Run a kernel on ``batch`` outputs (N, C), all classes of some samples in each program."""
         rows, classes = self._loss_tile
         per_thread = 4 if self.like.dtype is torch.float64 else 8
-        launch(
-            kernel, batch * triton.cdiv(self.N, rows), *arguments, **constants,
-            ROWS=rows, CLASSES=classes, num_warps=min(32, rows * classes // (32 * per_thread)),
-        )  # fmt: skip
+        warps = min(32, rows * classes // (32 * per_thread))
+        more |= {"ROWS": rows, "CLASSES": classes, "num_warps": warps}
+        launch(kernel, batch * triton.cdiv(self.N, rows), *args, **more)
 
     def parts(self, batch: int, rows: int, columns: int) -> Tensor:
         """A new float64 tensor (batch, tiles): a number of each program of :meth:`launch_tiles`."""

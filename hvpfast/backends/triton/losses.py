@@ -19,7 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvpfast.backends.triton.tiles import own_entries
+
+@triton.jit
+def own_samples(N, C, ROWS: tl.constexpr, CLASSES: tl.constexpr):
+    """This program's (index in the batch, samples n, classes c, entries of (N, C), which exist)."""
+    tiles = tl.cdiv(N, ROWS)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, CLASSES)
+    at = n.to(tl.int64)[:, None] * C + c[None, :]
+    return batch, n, c, at, (n[:, None] < N) & (c[None, :] < C)
 
 
 @triton.jit
@@ -56,7 +65,7 @@ def cross_entropy_gradient(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """p, w, z_bar = w p - q / normalizer, and the parts (M, tiles) of normalizer * loss."""
-    m, n, c, at, inside = own_entries(N, C, ROWS, CLASSES)
+    m, n, c, at, inside = own_samples(N, C, ROWS, CLASSES)
     own = m * N * C + at
     inverse = tl.load(summary + 4 * m + 2)
     label = tl.load(y + m * y_m + n, mask=n < N, other=0)
@@ -105,7 +114,7 @@ def squared_error_gradient(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """w = 2 / normalizer, z_bar = w (z - y), and the parts (M, tiles) of normalizer * loss."""
-    m, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
+    m, n, _c, at, inside = own_samples(N, C, ROWS, CLASSES)
     inverse = tl.load(summary + 4 * m + 2)
     error = tl.load(z + m * N * C + at, mask=inside, other=0.0)
     error -= tl.load(y + m * y_m + at, mask=inside, other=0.0)
@@ -131,7 +140,7 @@ def loss_hvp(
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """z_bar_dot_L = D2[z_dot_L], or where z_bar_dot is None parts (M K, tiles) of <z_dot_L, D2>."""
-    k, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
+    k, n, _c, at, inside = own_samples(N, C, ROWS, CLASSES)
     m = k // K
     u = tl.load(z_dot + k * N * C + at, mask=inside, other=0.0)
     w = tl.load(weight + m * N + n, mask=n < N, other=0.0)
@@ -155,7 +164,7 @@ def loss_mixed(
 
     loss_bar, g z_bar_L where it is given, adds g times the loss gradient: the passes are linear.
     """
-    m, n, _c, at, inside = own_entries(N, C, ROWS, CLASSES)
+    m, n, _c, at, inside = own_samples(N, C, ROWS, CLASSES)
     own = m * N * C + at
     w = tl.load(weight + m * N + n, mask=n < N, other=0.0)
     bar = tl.zeros((ROWS, CLASSES), z_bar_uv.dtype.element_ty)

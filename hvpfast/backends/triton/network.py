@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -28,13 +29,10 @@ class Layout:
 
     def __init__(self, spec: MLPSpec) -> None:
         self.D, self.L, self.P = spec.sizes, spec.num_layers, spec.num_params
-        self.weight, self.bias = [0], [-1]
-        at = 0
-        for l in range(1, self.L + 1):
-            self.weight.append(at)
-            at += self.D[l] * self.D[l - 1]
-            self.bias.append(at if spec.bias else -1)
-            at += self.D[l] if spec.bias else 0
+        step = 2 if spec.bias else 1
+        starts = list(itertools.accumulate(spec.numels, initial=0))[:-1]
+        self.weight = [0, *starts[::step]]
+        self.bias = [-1, *(starts[1::2] if spec.bias else [-1] * self.L)]
 
 
 @functools.lru_cache(maxsize=1024)

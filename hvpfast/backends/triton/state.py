@@ -110,24 +110,13 @@ class TritonModelsState:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,), a new tensor each time.
-
-        The first read waits for the device and checks the labels, unless a graph is recorded.
-
-        Raises:
-            ValueError: a label is out of range.
-        """
+        """The first read waits for the device and checks the labels, unless a graph is recorded."""
         if not self._labels_checked and not cuda_graph.recording(self._y):
             self._labels_checked = bool(self.loss_values)
         return self._lin.loss
 
     @property
     def loss_values(self) -> list[float]:
-        """The losses as numbers; waits for the device.
-
-        Raises:
-            ValueError: a label is out of range.
-        """
         return self._lin.loss_values(self._y)
 
     @property
@@ -204,11 +193,7 @@ class TritonState(OneModel[TritonModelsState]):
 
     @property
     def loss_value(self) -> float:
-        """The loss as a number; waits for the device.
-
-        Raises:
-            ValueError: a label is out of range.
-        """
+        """Read from the device, which waits for it and checks the labels."""
         return self._models.loss_values[0]
 
     @property

@@ -69,24 +69,19 @@ def r_forward(lin: Linearization, v: Rows, K: int, z_dot_1: Tensor | None = None
     return s
 
 
-def loss_product(lin: Linearization, s: Streams, keep: bool) -> None:
-    """z_bar_dot_L = D2[z_dot_L], in its place unless it is kept."""
-    z_dot = given(s.z_dot[lin.L])
-    s.z_bar_dot[lin.L] = torch.empty_like(z_dot) if keep else z_dot
-    lin.launch_losses(
-        loss_hvp, lin.M * s.K,
-        lin.p, lin.weight, z_dot, s.z_bar_dot[lin.L], None, lin.N, lin.D[lin.L], s.K,
-    )  # fmt: skip
-
-
 def r_backward(lin: Linearization, v: Rows, s: Streams, ggn: bool, keep: bool) -> None:
     """The loss and the backward pass of tangents v.
 
-    With ``keep`` z_dot and, for smooth activations, a_bar_dot stay for third-order products.
+    With ``keep`` z_dot and, for smooth activations, a_bar_dot stay for third-order products;
+    otherwise z_bar_dot takes the place of z_dot.
     """
-    M, N, K = lin.M, lin.N, s.K
-    loss_product(lin, s, keep)
-    for l in range(lin.L - 1, 0, -1):
+    M, N, K, L = lin.M, lin.N, s.K, lin.L
+    z_dot = given(s.z_dot[L])
+    s.z_bar_dot[L] = torch.empty_like(z_dot) if keep else z_dot
+    lin.launch_losses(
+        loss_hvp, M * K, lin.p, lin.weight, z_dot, s.z_bar_dot[L], None, N, lin.D[L], K
+    )
+    for l in range(L - 1, 0, -1):
         d, d_above = lin.D[l], lin.D[l + 1]
         above, W = given(s.z_bar_dot[l + 1]), given(lin.params.W[l + 1])
         z_bar_above, V = lin.z_bar[l + 1], given(v.W[l + 1])
@@ -163,8 +158,8 @@ def quadratic(lin: Linearization, tangents: Tensor, ggn: bool) -> Tensor:
     s = r_forward(lin, v, K)
     parts = [lin.loss_parts(M * K)]
     lin.launch_losses(
-        loss_hvp, M * K, lin.p, lin.weight, s.z_dot[L], None, parts[0], N, lin.D[L], K,
-    )  # fmt: skip
+        loss_hvp, M * K, lin.p, lin.weight, s.z_dot[L], None, parts[0], N, lin.D[L], K
+    )
     for l in range(1, L + 1):
         if ggn or (l == 1 and lin.s2[l] is None):
             continue
