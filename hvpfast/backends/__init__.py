@@ -42,11 +42,8 @@ class Choice:
 
 def available() -> dict[str, str | None]:
     """Backend names mapped to None if they can run here, else to the reason why not."""
-    reasons: dict[str, str | None] = {}
-    for name in BACKENDS:
-        module = _load(name)
-        reasons[name] = module if isinstance(module, str) else module.unavailable()
-    return reasons
+    modules = {name: _load(name) for name in BACKENDS}
+    return {n: m if isinstance(m, str) else m.unavailable() for n, m in modules.items()}
 
 
 def choose(name: str, spec: MLPSpec | None, device: torch.device, dtype: torch.dtype) -> Choice:

@@ -315,13 +315,12 @@ def nonfinite_reason(
     loss: float, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor
 ) -> str:
     """Why a loss is not finite: inputs with NaN or inf, no target that counts, or an overflow."""
-    named: list[tuple[str, Tensor]] = [("params", params)] if isinstance(params, Tensor) else []
-    if not isinstance(params, Tensor):
-        named = [(f"params {name}", t) for name, t in zip(spec.names, params, strict=True)]
-    named.append(("x", x))
-    if spec.loss == "mse":
-        named.append(("y", y))
-    bad = [_nonfinite_entry(name, t) for name, t in named if not bool(torch.isfinite(t).all())]
+    if isinstance(params, Tensor):
+        named = {"params": params}
+    else:
+        named = {f"params {name}": t for name, t in zip(spec.names, params, strict=True)}
+    named |= {"x": x, "y": y} if spec.loss == "mse" else {"x": x}
+    bad = [_nonfinite_entry(name, t) for name, t in named.items() if not torch.isfinite(t).all()]
     if bad:
         return f"the loss is {loss}: {'; '.join(bad)}. All inputs must be finite"
     if spec.loss == "cross_entropy" and spec.reduction == "mean" and math.isnan(loss):

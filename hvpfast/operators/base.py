@@ -249,9 +249,7 @@ class _Combined(LinearOperator):
         self._operands = operands
 
     def agreed(self, number: int) -> int:
-        for operand in self._operands:
-            number = operand.agreed(number)
-        return number
+        return functools.reduce(lambda least, each: each.agreed(least), self._operands, number)
 
     @property
     def self_adjoint(self) -> bool:
@@ -297,11 +295,7 @@ class Affine(_Combined):
 
 class _Product(_Combined):
     _formula = "A B"
-
-    @property
-    def self_adjoint(self) -> bool:
-        """False: a product of self-adjoint operators is self-adjoint only where they commute."""
-        return False
+    self_adjoint = False  # where the operands do not commute, even if they are
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self._operands[0]._apply(self._operands[1]._apply(rows).contiguous())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -131,7 +132,7 @@ class Batches:
             for index, item in enumerate(self._source):
                 yield _as_batch(item, index)
             return
-        state, end, index = self._random.copy(), object(), 0
+        state, end, index = copy.copy(self._random), object(), 0
         with state:
             iterator = iter(self._source)
         while True:

@@ -14,8 +14,7 @@ from hvpfast.operators.distributed import together
 from hvpfast.operators.linearized_data import LinearizedData
 from hvpfast.operators.objective import MLPObjective
 
-_Key = tuple[object, ...]
-_passed: dict[_Key, None] = {}  # in order of insertion, the oldest dropped
+_passed: dict[tuple[object, ...], None] = {}  # in order of insertion, the oldest dropped
 _REMEMBERED = 256
 
 
@@ -34,7 +33,7 @@ def check_batch_twice(
         return "given, the backend evaluates the MLP itself"
     modules = list(model.modules())
     parts = data if isinstance(data, tuple) else (data,)
-    key: _Key = (
+    key = (
         tuple(type(m) for m in modules),
         tuple(m.training for m in modules),
         getattr(loss_fn, "__qualname__", type(loss_fn)),

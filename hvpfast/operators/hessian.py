@@ -44,6 +44,7 @@ class CurvatureOperator(LinearOperator):
         subset: how rows over all parameters become rows over the chosen ones.
     """
 
+    self_adjoint = True
     _ggn: ClassVar[bool]
 
     def __init__(
@@ -102,10 +103,9 @@ class CurvatureOperator(LinearOperator):
         self.model, self.linearized, self.entries = model, linearized, entries
         self._chunk_size = chunk_size
         self.subset = Subset(entries, linearized.objective.tensors)
-        width = sum(t.numel() for t in linearized.objective.tensors)
         # memory per tangent, estimated: the tangent and its product, both whole and chosen parts,
         # and the values of the layers
-        self._row_bytes = 4 * width * self.dtype.itemsize + linearized.largest
+        self._row_bytes = 4 * linearized.width * self.dtype.itemsize + linearized.largest
 
     @property
     def backend(self) -> str:
@@ -121,11 +121,6 @@ class CurvatureOperator(LinearOperator):
     def param_names(self) -> tuple[str, ...]:
         """Names of the chosen parameters, in the order of the flat vector."""
         return self.layout.names
-
-    @property
-    def self_adjoint(self) -> bool:
-        """True."""
-        return True
 
     @property
     def loss(self) -> Tensor:
@@ -171,13 +166,10 @@ class CurvatureOperator(LinearOperator):
         else:
             parts = [matching(entries, patterns) for patterns in groups]
         for part in parts:
-            yield self._block(part)
-
-    def _block(self, entries: list[Entry]) -> CurvatureOperator:
-        block = type(self).__new__(type(self))
-        block._setup(self.model, self.linearized.narrowed(entries), entries, self._chunk_size)
-        block._determinism = self._determinism
-        return block
+            block = type(self).__new__(type(self))
+            block._setup(self.model, self.linearized.narrowed(part), part, self._chunk_size)
+            block._determinism = self._determinism
+            yield block
 
     def explain(self) -> str:
         """Text: what runs where and why, what is kept in memory, and what was checked."""

@@ -43,6 +43,7 @@ class LinearizedData:
         only: the kept state, if there is a single batch with coefficient 1 on a backend and so
             nothing to add up; else None.
         largest: bytes of the largest state.
+        width: number of entries F of all parameters of the objective.
         free: bytes of memory that are left besides what is kept.
         on_backend: whether a backend evaluates the model, rather than the model's own code.
     """
@@ -60,6 +61,7 @@ class LinearizedData:
         self.objective, self.batches, self.weight, self.group = objective, batches, weight, group
         self.budget, self._free, self._progressbar = budget, free, progressbar
         self.on_backend = isinstance(objective, MLPObjective)
+        self.width = sum(t.numel() for t in objective.tensors)
         # a model that draws random numbers draws them from here, not from the caller's generators
         self._random = None if self.on_backend else RandomState(device=objective.device)
         self.update()
@@ -114,8 +116,11 @@ class LinearizedData:
                 self._states.append(None)
                 if weights[-1] > 0:
                     state = self._linearize(index, batch)
-                    losses[-1] = float(state.loss)
-                    self._keep(state)
+                    losses[-1], size = float(state.loss), state.nbytes
+                    self.largest = max(self.largest, size)
+                    if self.batches.nbytes + self.kept_bytes + size <= self.budget:
+                        self._states[-1] = state
+                        self.kept_bytes += size
         return weights, losses
 
     def _linearize_shards(self, group: Group) -> tuple[list[float], list[float]]:
@@ -137,13 +142,6 @@ class LinearizedData:
             }  # fmt: skip
             group.same("values: load one checkpoint everywhere, or broadcast them", sums_by_tensor)
         return weights, sums.tolist()
-
-    def _keep(self, state: State) -> None:
-        size = state.nbytes
-        self.largest = max(self.largest, size)
-        if self.batches.nbytes + self.kept_bytes + size <= self.budget:
-            self._states[-1] = state
-            self.kept_bytes += size
 
     def _linearize(self, index: int, batch: Batch) -> State:
         try:
@@ -172,11 +170,9 @@ class LinearizedData:
 
     def states(self, what: str) -> Iterator[tuple[float, State]]:
         """(c_b, state of batch b) for all batches that count, in order."""
-        if self.kept + self.skipped == len(self._states):
-            shown: Iterable[Any] = self._shown(self._states, what)
-        else:
-            shown = self._shown(self.batches, what)
-        for index, batch in enumerate(shown):
+        all_kept = self.kept + self.skipped == len(self._states)
+        items: Iterable[Any] = self._states if all_kept else self.batches
+        for index, batch in enumerate(self._shown(items, what)):
             if self.coefficients[index] > 0:
                 state = self._states[index]
                 if state is None:
@@ -187,9 +183,8 @@ class LinearizedData:
         """The gradient of L, (F,)."""
         if self.group is None:
             return self._own_gradient()
-        size = sum(t.numel() for t in self.objective.tensors)
         like = self.objective.dtype, self.objective.device
-        return self.group.total("gradient", self._own_gradient, (size,), *like)[0]
+        return self.group.total("gradient", self._own_gradient, (self.width,), *like)[0]
 
     def _own_gradient(self) -> Tensor:
         """The gradient of sum_b c_b L_b over this process's batches, (F,)."""
@@ -200,8 +195,8 @@ class LinearizedData:
                 part = state.gradient()
                 total = part * coefficient if total is None else total.add_(part, alpha=coefficient)
         if total is None:  # a shard without targets that count
-            size = sum(t.numel() for t in self.objective.tensors)
-            total = torch.zeros(size, dtype=self.objective.dtype, device=self.objective.device)
+            objective = self.objective
+            total = torch.zeros(self.width, dtype=objective.dtype, device=objective.device)
         return total
 
     def check_current(self) -> None:

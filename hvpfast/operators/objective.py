@@ -20,7 +20,7 @@ from hvpfast.functional.linearize import linearize_model
 from hvpfast.mlp.module import NotAnMLPError, params_of
 from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.recognised import plan_of
-from hvpfast.mlp.spec import MLPSpec
+from hvpfast.mlp.spec import MLPSpec, split_flat
 from hvpfast.operators.batch import Batch
 from hvpfast.operators.parameters import Entry, owners_of
 from hvpfast.operators.reduction import BatchWeight
@@ -53,18 +53,16 @@ class MLPObjective:
         self, model: nn.Module, spec: MLPSpec, backend: str, dtype: torch.dtype | None
     ) -> None:
         own = params_of(model)
-        self._own, self._flat = ([own], True) if isinstance(own, Tensor) else (own, False)
-        self.spec, self._backend = spec, backend
-        self.tensors: Sequence[Tensor] = self._own
-        self.dtype = dtype or self._own[0].dtype
-        self.device = self._own[0].device
-        self.backend = backend
+        self._flat = isinstance(own, Tensor)
+        self.tensors: Sequence[Tensor] = [own] if isinstance(own, Tensor) else own
+        self.dtype, self.device = dtype or self.tensors[0].dtype, self.tensors[0].device
+        self.spec, self._backend, self.backend = spec, backend, backend
         self.text = ""  # that of the first linearization
         self.update()
 
     def update(self) -> None:
         """Read the present values of the parameters, without a copy if they have the dtype."""
-        self._params = [t.detach().to(self.dtype) for t in self._own]
+        self._params = [t.detach().to(self.dtype) for t in self.tensors]
 
     def linearize(self, batch: Batch) -> State:
         """The state of one batch."""
@@ -76,7 +74,7 @@ class MLPObjective:
 
     def watched(self) -> list[Tensor]:
         """Tensors whose change ends the validity of the states."""
-        return list(self._own)
+        return list(self.tensors)
 
     def check_modes(self) -> None:
         """Do nothing: the states do not run the modules."""
@@ -130,8 +128,7 @@ class FunctionObjective:
         """The state of one batch."""
 
         def outputs(params: tuple[Tensor, ...]) -> Any:
-            pieces = torch.split(params[0], self._numels)
-            values = [piece.view(s) for piece, s in zip(pieces, self._shapes, strict=True)]
+            values = split_flat(params[0], self._shapes, self._numels)
             own = dict(zip(self._names, values, strict=True))
             # copies: a forward pass may write to buffers, and the model's must not change
             buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}

@@ -13,7 +13,6 @@ WORK_SHARE = 0.25  # of the available memory: what one chunk of tangents may tak
 LARGE_BYTES = 2**30  # scratch memory above this is compared with the free memory first
 _UNKNOWN = 2 * 2**30  # assumed where the system does not tell
 
-
 _latest: dict[torch.device, tuple[float, int]] = {}  # when read, and what
 
 
@@ -32,7 +31,8 @@ def _system_available() -> int:
     """What the system and its control group leave."""
     free = [_UNKNOWN]
     if (info := _read("/proc/meminfo")) is not None:
-        free = [int(line.split()[1]) * 1024 for line in info.splitlines() if _AVAILABLE in line]
+        rows = map(str.split, info.splitlines())
+        free = [int(row[1]) * 1024 for row in rows if "MemAvailable:" in row]
     elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit, used in _GROUP_LIMITS:
@@ -42,13 +42,10 @@ def _system_available() -> int:
     return max(0, min(free))
 
 
-_AVAILABLE = "MemAvailable:"
+_GROUPS = "/sys/fs/cgroup"
 _GROUP_LIMITS = (  # (limit, use) of Linux control groups, version 2 and version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
+    (f"{_GROUPS}/memory.max", f"{_GROUPS}/memory.current"),
+    (f"{_GROUPS}/memory/memory.limit_in_bytes", f"{_GROUPS}/memory/memory.usage_in_bytes"),
 )
 
 

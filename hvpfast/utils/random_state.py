@@ -14,7 +14,8 @@ class RandomState:
     """State of the global generators (torch, NumPy, ``random``), of a CUDA device, and of others.
 
     ``with state:`` runs a block from this state, and then holds the state that the block left. The
-    generators themselves are afterwards as they were before the block.
+    generators themselves are afterwards as they were before the block. A ``copy.copy`` of it draws
+    the same numbers again.
     """
 
     def __init__(
@@ -24,13 +25,6 @@ class RandomState:
         self._cuda = device if device is not None and device.type == "cuda" else None
         self._state = self._capture()
         self._outer: tuple[Any, ...] | None = None
-
-    def copy(self) -> RandomState:
-        """The same state, from which the same numbers can be drawn again."""
-        other = RandomState.__new__(RandomState)
-        other._generators, other._cuda = self._generators, self._cuda
-        other._state, other._outer = self._state, None
-        return other
 
     def _capture(self) -> tuple[Any, ...]:
         cuda = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)

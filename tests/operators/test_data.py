@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Iterator
@@ -251,7 +252,7 @@ def _refuse() -> int:
 def test_random_state_plays_on_and_can_be_copied() -> None:
     outside = torch.get_rng_state()
     state = RandomState()
-    again = state.copy()
+    again = copy.copy(state)
     with state:
         first = torch.rand(3)
     with state:

@@ -75,14 +75,9 @@ class CudaModelsState:
     """
 
     def __init__(
-        self,
-        spec: MLPSpec,
-        params: Tensor | Sequence[Tensor],
-        x: Tensor,
-        y: Tensor,
-        order: int,
-        M: int,
+        self, spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
     ) -> None:
+        M = len(params) if isinstance(params, Tensor) and params.dim() == 2 else 1
         self.spec, self._M = spec, M
         self._weights = class_weights(spec, torch.float64, x.device)
         self._inputs = (params, x, y)  # keeps the memory alive

@@ -60,14 +60,14 @@ def linearize(
     spec: MLPSpec, params: Tensor | Sequence[Tensor], x: Tensor, y: Tensor, order: int
 ) -> CudaState:
     """The state at flat parameters (P,) or ``[W1, b1, ...]``, used in place."""
-    return CudaState(CudaModelsState(spec, params, x, y, order, 1))
+    return CudaState(CudaModelsState(spec, params, x, y, order))
 
 
 def linearize_models(
     spec: MLPSpec, params: Tensor, x: Tensor, y: Tensor, order: int
 ) -> CudaModelsState:
     """The states of M models at (M, P), each with its own x and y or all with the same ones."""
-    return CudaModelsState(spec, params, x, y, order, len(params))
+    return CudaModelsState(spec, params, x, y, order)
 
 
 class CudaState(OneModel[CudaModelsState]):

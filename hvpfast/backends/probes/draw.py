@@ -71,7 +71,7 @@ def probe_rows(
     if not dtype.is_floating_point:
         raise TypeError(f"probes need a floating-point dtype; got {dtype}")
     given = None if out is None else out.unsqueeze(0)
-    return _rows(source, 0, 1, num_params, dtype, device, given)[0]
+    return probes_of_models(source, 0, 1, num_params, dtype, device, given)[0]
 
 
 def probes_of_models(
@@ -87,20 +87,8 @@ def probes_of_models(
 
     They are written to ``out`` where it is given; they are drawn where :func:`probe_rows` draws.
     """
-    source.of_model(num_models - 1, stride)  # raises where its probes are out of range
-    return _rows(source, stride, num_models, num_params, dtype, device, out)
-
-
-def _rows(
-    source: ProbeSource,
-    stride: int,
-    num_models: int,
-    num_params: int,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Rows (M, K, P) by the GPU that they are for, the compiled generator, or NumPy."""
+    if num_models > 1:
+        source.of_model(num_models - 1, stride)  # raises where its probes are out of range
     compiled = dtype in _KERNEL_DTYPES
     if compiled and device is not None and kernels_run_on(there := torch.device(device)):
         return rows_of_models(source, stride, num_models, num_params, dtype, there)

@@ -44,9 +44,8 @@ class ReferenceModels:
         return self._each(lambda state, v, u: state.hvp_vjp(v, u, ggn), tangents, cotangents)
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> ReferenceModelsPenalty:
-        each: Iterable[Tensor | ProbeSource]
         if isinstance(probes, ProbeSource):
-            each = [probes.of_model(m) for m in range(len(self._states))]
+            each: Iterable[Tensor | ProbeSource] = map(probes.of_model, range(len(self._states)))
         else:
             each = probes
         pairs = zip(self._states, each, strict=True)

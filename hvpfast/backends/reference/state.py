@@ -26,7 +26,7 @@ from hvpfast.backends.reference import cores
 from hvpfast.backends.reference.cores import Cores
 from hvpfast.backends.reference.many import ReferenceModels
 from hvpfast.mlp.checks import check_labels
-from hvpfast.mlp.spec import MLPSpec
+from hvpfast.mlp.spec import MLPSpec, split_flat
 from hvpfast.utils import cuda_graph
 
 NAME = "reference"
@@ -147,8 +147,7 @@ def linearize_function(
         flat = torch.cat([p.detach().reshape(-1) for p in params])
 
     def outputs(p: Tensor) -> Tensor:
-        parts = torch.split(p, numels)
-        return outputs_fn(tuple(part.view(s) for part, s in zip(parts, shapes, strict=True)))
+        return outputs_fn(tuple(split_flat(p, shapes, numels)))
 
     return ReferenceState(outputs, loss_fn, flat, normalizer)
 

@@ -154,12 +154,10 @@ class Linearization:
 
     @property
     def loss(self) -> Tensor:
-        """The losses (M,); a new tensor each time."""
         return self.summary[:, 0].to(self.like.dtype, copy=True)
 
     @property
     def normalizers(self) -> Tensor:
-        """What the sums of losses were divided by, (M,) float64."""
         return self.summary[:, 1]
 
     @property
@@ -170,7 +168,6 @@ class Linearization:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of residuals."""
         return sum(t.nbytes for t in self.kept)
 
     def loss_values(self, y: Tensor) -> list[float]:
