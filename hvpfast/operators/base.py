@@ -295,7 +295,7 @@ class Affine(_Combined):
 
 class _Product(_Combined):
     _formula = "A B"
-    self_adjoint = False  # where the operands do not commute, even if they are
+    self_adjoint = False  # of self-adjoint operands too, unless they commute
 
     def _apply(self, rows: Tensor) -> Tensor:
         return self._operands[0]._apply(self._operands[1]._apply(rows).contiguous())

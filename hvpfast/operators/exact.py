@@ -75,7 +75,7 @@ class Cores:
         return self.sample_traces().double().sum().to(self._linearized.objective.dtype)
 
     def sample_traces(self) -> Tensor:
-        """The traces of the samples' parts of H, (N,), in the order of the data."""
+        """The trace of each sample's part of H (N,), in the order of the data; they sum to tr H."""
         linearized, ggn, chosen = self._linearized, self._ggn, self._chosen
         parts = self._over_batches(lambda c, s: c * s.sample_traces(ggn, chosen), "traces")
         if linearized.skipped:  # batches of which no sample counts
@@ -87,10 +87,9 @@ class Cores:
 
     def diagonal(self) -> Tensor:
         """diag H, (P,), in the order of the operator's parameters."""
-        total: Tensor | None = None
-        for part in self._over_batches(lambda c, s: c * s.diagonal(self._ggn), "diagonal"):
-            total = part if total is None else total.add_(part)
-        assert total is not None
+        total, *others = self._over_batches(lambda c, s: c * s.diagonal(self._ggn), "diagonal")
+        for part in others:
+            total.add_(part)
         return self._subset.restrict(total.unsqueeze(0))[0]
 
     def frobenius_sq(self) -> Tensor:
@@ -100,8 +99,7 @@ class Cores:
         with linearized.running():
             for index, (c, state) in enumerate(linearized.states("tr H^2")):
                 total += c * c * state.inner_product(state, self._ggn, self._chosen)
-                others = itertools.islice(linearized.states("tr H^2"), index)
-                for c_other, other in others:
+                for c_other, other in itertools.islice(linearized.states("tr H^2"), index):
                     value = state.inner_product(other, self._ggn, self._chosen)
                     total += 2 * c * c_other * value
         return torch.tensor(

@@ -173,7 +173,8 @@ class CurvatureOperator(LinearOperator):
 
     def explain(self) -> str:
         """Text: what runs where and why, what is kept in memory, and what was checked."""
-        kind, names = "generalised Gauss-Newton" if self._ggn else "Hessian", self.param_names
+        kind = "generalised Gauss-Newton" if self._ggn else "Hessian"
+        names = self.param_names
         chunk = f"{self._chunk_size} tangents at a time"
         if self._chunk_size == "auto":
             chunk = f"auto, up to {self._chunk()} tangents at a time"

@@ -82,7 +82,8 @@ class CudaModelsState:
         self._weights = class_weights(spec, torch.float64, x.device)
         self._inputs = (params, x, y)  # keeps the memory alive
         self._dtype, self._device = x.dtype, x.device
-        N, tensors = x.shape[-2], [params] if isinstance(params, Tensor) else list(params)
+        tensors = [params] if isinstance(params, Tensor) else list(params)
+        N = x.shape[-2]
         self._sizes = _sizes(spec, x.dtype, x.device, M, N, order)
         make = plan(spec).point_float64 if x.dtype is torch.float64 else plan(spec).point_float32
         stride = spec.num_params if M > 1 else 0
