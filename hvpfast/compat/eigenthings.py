@@ -204,8 +204,7 @@ def lanczos(
     result = eigsh(operator, k=k, which=which, tol=tol, max_matvecs=max_iter, seed=seed)
     vectors = result.eigenvectors.T.contiguous()
     values, residuals = (t.to(vectors) for t in (result.eigenvalues, result.residual_norms))
-    iterations, converged = result.num_matvecs, torch.as_tensor(result.converged)
-    return EigenResult(values, vectors, residuals, iterations, converged)
+    return EigenResult(values, vectors, residuals, result.num_matvecs, result.converged)
 
 
 def trace(

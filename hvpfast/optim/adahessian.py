@@ -67,10 +67,8 @@ class AdaHessian(Optimizer):
             TypeError: there is no operator.
             ValueError: the operator is one of other parameters.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         pairs = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
         params = [p for _, p in pairs]
         if not params:

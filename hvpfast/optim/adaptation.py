@@ -124,10 +124,8 @@ class HessianLRAdaptation(Optimizer):
         if operator is not None and self.curvature not in ("hutchinson", "exact"):
             raise TypeError(f"curvature {self.curvature!r} uses no operator; leave it out")
         before = self._gradients_before(closure) if self.curvature == "secant" else {}
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in params:
             if p.grad.layout is not torch.strided or p.grad.is_complex():
@@ -175,28 +173,21 @@ class HessianLRAdaptation(Optimizer):
         self, params: list[Tensor], before: dict[Tensor, Tensor], operator: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (parameter, c_t) for those that have one now; for "secant" c_t is y_t."""
-        if self.curvature == "difference":
+        if self.curvature in ("difference", "secant"):
+            secant = self.curvature == "secant"
             for p in params:
                 state, grad = self.state[p], p.grad
                 assert grad is not None
-                if "previous" in state:
-                    yield p, grad - state["previous"]
-                    state["previous"].copy_(grad)
-                else:
-                    state["previous"] = grad.clone()
-        elif self.curvature == "secant":
-            for p in params:
-                state, grad = self.state[p], p.grad
-                assert grad is not None
-                if p in before:
+                earlier = before.get(p) if secant else state.get("previous")
+                if secant and earlier is not None:
                     x = p - state["previous"]
                     if "x2" not in state:
                         state["x2"] = torch.zeros_like(p)
                     state["x2"].mul_(self.beta).addcmul_(x, x, value=1 - self.beta)
-                    yield p, grad - before[p]
-                    state["previous"].copy_(p)
-                else:
-                    state["previous"] = p.detach().clone()
+                if earlier is not None:
+                    yield p, grad - earlier
+                now = p if secant else grad
+                state.setdefault("previous", torch.empty_like(now)).copy_(now)
         elif params:
             diagonals.check_operator(operator, params, f"curvature {self.curvature!r}")
             if self.curvature == "hutchinson":

@@ -210,7 +210,43 @@ class SpectralDensity:
             The figure; ``figure.savefig("density.png")`` writes it.
         """
         check_choice("density", density, SCALES)
-        return draw_density(self, axis, density, kernel_width, exact, title, ax)
+        curve = self.curve(axis=axis, kernel_width=kernel_width)
+        if ax is None:
+            ax = plotting.new_figure(6.4, 4.2).add_subplot()
+        figure: Any = ax.figure
+        plotting.frame(ax)
+        u = curve.coordinate.numpy()
+        if self.num_probes > 1:
+            band = f"{curve.confidence:.0%} band over {self.num_probes} probes"
+            lower, upper = curve.lower.numpy(), curve.upper.numpy()
+            ax.fill_between(u, lower, upper, color=plotting.COLORS[0], alpha=0.25, lw=0, label=band)
+        ax.plot(
+            u, curve.density.numpy(), color=plotting.COLORS[0], lw=1.6, label="mean over probes"
+        )
+        if exact is not None:
+            smooth = _smoothed(exact, curve).numpy()
+            ax.plot(u, smooth, color=plotting.INK, lw=1.0, ls="--", label="exact eigenvalues")
+        top = float(curve.density.max())
+        if density == "log":
+            ax.set_yscale("log")
+            ax.set_ylim(top * 10.0**-_DECADES, top * 3)
+        else:
+            ax.set_ylim(0, top * 1.15)
+        ax.set_xlim(float(u[0]), float(u[-1]))
+        per = "eigenvalue"
+        if curve.threshold is not None:
+            low, high = float(curve.grid[0]), float(curve.grid[-1])
+            ax.set_xticks(*_log_ticks(low, high, curve.threshold))
+            per = f"asinh(eigenvalue / {curve.threshold:.2g})"
+        plotting.label(ax, title, "eigenvalue", f"density per unit of {per}")
+        ax.legend(frameon=False, fontsize=8.5, labelcolor=plotting.INK)
+        plotting.caption(
+            figure,
+            f"{self.num_steps} Lanczos steps, {self.num_probes} {self.distribution} "
+            f"probes (seed {self.seed}), {self.num_matvecs} products, P = {self.size}; "
+            f"Gaussian kernel of width {curve.kernel_width:.3g}",
+        )
+        return figure  # type: ignore[no-any-return]
 
 
 def wasserstein(
@@ -253,55 +289,6 @@ def _stderr(samples: Tensor) -> Tensor:
     if count < 2:
         return torch.full_like(samples[0], math.inf)
     return samples.std(0) / math.sqrt(count)
-
-
-def draw_density(
-    spectrum: SpectralDensity,
-    axis: str,
-    density: str,
-    kernel_width: float | None,
-    exact: Tensor | None,
-    title: str,
-    ax: Axes | None,
-) -> Figure:
-    """The figure of :meth:`SpectralDensity.plot`."""
-    curve = spectrum.curve(axis=axis, kernel_width=kernel_width)
-    if ax is None:
-        ax = plotting.new_figure(6.4, 4.2).add_subplot()
-    figure: Any = ax.figure
-    plotting.frame(ax)
-    u = curve.coordinate.numpy()
-    if spectrum.num_probes > 1:
-        band = f"{curve.confidence:.0%} band over {spectrum.num_probes} probes"
-        lower, upper = curve.lower.numpy(), curve.upper.numpy()
-        ax.fill_between(u, lower, upper, color=plotting.COLORS[0], alpha=0.25, lw=0, label=band)
-    ax.plot(u, curve.density.numpy(), color=plotting.COLORS[0], lw=1.6, label="mean over probes")
-    if exact is not None:
-        smooth = _smoothed(exact, curve).numpy()
-        ax.plot(u, smooth, color=plotting.INK, lw=1.0, ls="--", label="exact eigenvalues")
-    top = float(curve.density.max())
-    if density == "log":
-        ax.set_yscale("log")
-        ax.set_ylim(top * 10.0**-_DECADES, top * 3)
-    else:
-        ax.set_ylim(0, top * 1.15)
-    ax.set_xlim(float(u[0]), float(u[-1]))
-    per = "eigenvalue"
-    if curve.threshold is not None:
-        positions, names = _log_ticks(float(curve.grid[0]), float(curve.grid[-1]), curve.threshold)
-        ax.set_xticks(positions, names)
-        per = f"asinh(eigenvalue / {curve.threshold:.2g})"
-    plotting.label(ax, title, "eigenvalue", f"density per unit of {per}")
-    ax.legend(frameon=False, fontsize=8.5, labelcolor=plotting.INK)
-    plotting.caption(
-        figure,
-        (
-            f"{spectrum.num_steps} Lanczos steps, {spectrum.num_probes} {spectrum.distribution} "
-            f"probes (seed {spectrum.seed}), {spectrum.num_matvecs} products, P = {spectrum.size}; "
-            f"Gaussian kernel of width {curve.kernel_width:.3g}"
-        ),
-    )
-    return figure  # type: ignore[no-any-return]
 
 
 def _smoothed(values: Tensor, curve: DensityCurve) -> Tensor:

@@ -110,7 +110,7 @@ def cg_solve(
 
 
 class _Run:
-    """K runs side by side: rows x, r, p (K, P); scalars (K,) float64.
+    """K runs side by side: rows x (the solutions so far), r, p (K, P); scalars (K,) float64.
 
         a = r'r / p'A p,   x <- x + a p,   r <- r - a A p,   p <- r + (r'r / old r'r) p
 
@@ -121,7 +121,7 @@ class _Run:
     def __init__(
         self, products: Products, b: Tensor, x: Tensor, tol: float, budget: int, guessed: bool
     ) -> None:
-        self._products, self._b, self._x, self._tol, self._budget = products, b, x, tol, budget
+        self._products, self._b, self.x, self._tol, self._budget = products, b, x, tol, budget
         norms = _squares(b).sqrt()
         self.lengths = torch.where(norms > 0, norms, 1.0)
         self._guessed = guessed
@@ -129,18 +129,12 @@ class _Run:
         self.true_norms = norms
         self.curvature = 0.0
 
-    @property
-    def x(self) -> Tensor:
-        """The solutions so far, rows (K, P)."""
-        return self._x
-
     def solve(self) -> str:
         """Run to the end; returns the reason why it ended."""
         count = len(self._b)
-        r = self._b - self._products.rows(self._x) if self._guessed else self._b.clone()
+        r = self._b - self._products.rows(self.x) if self._guessed else self._b.clone()
         squares = _squares(r)
-        self.true_norms = squares.sqrt()
-        self.history.append(self._relative())
+        self._record(squares)
         best, delays, p = self.true_norms.clone(), 0, r.clone()
         while True:
             active = (squares.sqrt() > self._tol * self.lengths).nonzero().flatten()
@@ -151,7 +145,7 @@ class _Run:
                 reason = self._advance(r, p, squares, active)
             if len(active) and not reason:
                 continue
-            r = self._b - self._products.rows(self._x)
+            r = self._b - self._products.rows(self.x)
             squares = _squares(r)
             self.true_norms = squares.sqrt()
             late = self.true_norms > self._tol * self.lengths
@@ -174,17 +168,17 @@ class _Run:
             self.curvature = float((curvature / _squares(direction)).min())
             return "indefinite"
         step = squares[active] / curvature
-        self._x[active] += step.to(r)[:, None] * direction
+        self.x[active] += step.to(r)[:, None] * direction
         r[active] -= step.to(r)[:, None] * product
         new = _squares(r[active])
         p[active] = r[active] + (new / squares[active]).to(r)[:, None] * direction
         squares[active] = new
-        self.true_norms = squares.sqrt()
-        self.history.append(self._relative())
+        self._record(squares)
         return ""
 
-    def _relative(self) -> Tensor:
-        return self.true_norms / self.lengths
+    def _record(self, squares: Tensor) -> None:
+        self.true_norms = squares.sqrt()
+        self.history.append(self.true_norms / self.lengths)
 
 
 def _rows(products: Products, name: str, columns: Tensor) -> Tensor:

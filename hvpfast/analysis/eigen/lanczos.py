@@ -41,6 +41,7 @@ class Lanczos:
         limit: rows of the basis at most.
 
     Attributes:
+        products, seed: as given.
         basis: Q.
         eps: rounding unit of the products.
         scale: largest norm of a product so far, at most ||A||.
@@ -50,7 +51,7 @@ class Lanczos:
     def __init__(
         self, products: Products, start: Tensor, seed: int, capacity: int, limit: int
     ) -> None:
-        self._products, self._seed, self._drawn = products, seed, 0
+        self.products, self.seed, self._drawn = products, seed, 0
         dtype = at_least_single(products.dtype)
         self.eps = torch.finfo(products.dtype).eps
         self.block_size, self._limit = start.shape[0], min(limit, products.size)
@@ -72,7 +73,7 @@ class Lanczos:
     @property
     def complete(self) -> bool:
         """Whether the basis spans the whole space."""
-        return self.basis.count == self._products.size
+        return self.basis.count == self.products.size
 
     @property
     def next_size(self) -> int:
@@ -84,19 +85,14 @@ class Lanczos:
         """Whether the next block does not fit into the basis."""
         return self.basis.count + self.next_size > self._limit
 
-    @property
-    def _H(self) -> Array:
-        count = self.basis.count
-        return self._room[:count, :count]
-
     def _fill(self) -> None:
         """Fill an empty next block with random directions, unless the basis is complete."""
         while self._next.shape[0] == 0 and not self.complete:
-            count = min(self.block_size, self._products.size - self.basis.count)
-            source = ProbeSource(count, "normal", self._seed, 2**31 + self._drawn)
+            count = min(self.block_size, self.products.size - self.basis.count)
+            source = ProbeSource(count, "normal", self.seed, 2**31 + self._drawn)
             self._drawn += count
             like = self.basis.rows
-            rows = probe_rows(source, self._products.size, like.dtype, like.device)
+            rows = probe_rows(source, self.products.size, like.dtype, like.device)
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
             _, _, self._next = self.basis.orthonormalize(rows, 1e-3)
             self._B = np.zeros((self._next.shape[0], self.basis.count))
@@ -110,7 +106,7 @@ class Lanczos:
         old, r = self.basis.count, self._next.shape[0]
         self.basis.append(self._next)
         block = self.basis.rows[old:]
-        W = self._products.rows(block).to(block.dtype).contiguous()
+        W = self.products.rows(block).to(block.dtype).contiguous()
         if W.untyped_storage().data_ptr() == block.untyped_storage().data_ptr():
             W = W.clone()  # an operator that returns its argument
         self.scale = max(self.scale, float(torch.linalg.vector_norm(W, dim=1).max()))
@@ -141,7 +137,8 @@ class Lanczos:
 
     def ritz(self) -> tuple[Array, Array, Array]:
         """theta (m,) increasing, S (m, m) with columns s, and the residual norms ||B s|| (m,)."""
-        H, B = self._H, self._B
+        count = self.basis.count
+        H, B = self._room[:count, :count], self._B
         if self.block_size == 1 and self.num_restarts == 0:  # tridiagonal up to rounding
             beside = (H.diagonal(1) + H.diagonal(-1)) / 2
             theta, S = scipy.linalg.eigh_tridiagonal(H.diagonal(), beside)

@@ -25,7 +25,6 @@ from hvpfast.analysis.eigen.lanczos import Lanczos
 from hvpfast.analysis.eigen.ritz import Array, wanted
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
-from hvpfast.operators.matvecs import Products
 
 RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
 
@@ -43,20 +42,13 @@ class Pairs:
 
 
 def find_pairs(
-    products: Products,
-    lanczos: Lanczos,
-    k: int,
-    which: str,
-    tol: float,
-    max_matvecs: int,
-    by_pair: bool,
-    seed: int,
+    lanczos: Lanczos, k: int, which: str, tol: float, max_matvecs: int, by_pair: bool
 ) -> Pairs:
     """Run Lanczos until the k wanted pairs converge or the budget of products ends.
 
     ``by_pair``: compute residuals with k products rather than measure rounding with one.
     """
-    budget = max_matvecs - (k if by_pair else 1)
+    products, budget = lanczos.products, max_matvecs - (k if by_pair else 1)
     schedule, share = _Schedule(k), 0.95
     while True:
         ended = lanczos.complete or products.num_matvecs + lanczos.next_size > budget
@@ -67,7 +59,7 @@ def find_pairs(
             ratio = float(np.max(estimates[chosen] / np.maximum(targets, 1e-300)))
             if ended or (len(chosen) == k and ratio <= 1.0):
                 found = theta[chosen], S[:, chosen], estimates[chosen]
-                pairs = _measured(products, lanczos, *found, tol, by_pair, seed)
+                pairs = _measured(lanczos, *found, tol, by_pair)
                 share /= 2  # the estimates meet the target, but maybe not with rounding added
                 if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
                     return pairs
@@ -95,18 +87,11 @@ class _Schedule:
 
 
 def _measured(
-    products: Products,
-    lanczos: Lanczos,
-    theta: Array,
-    S: Array,
-    estimates: Array,
-    tol: float,
-    by_pair: bool,
-    seed: int,
+    lanczos: Lanczos, theta: Array, S: Array, estimates: Array, tol: float, by_pair: bool
 ) -> Pairs:
     """The Ritz pairs with their residuals and whether these are within the tolerance."""
-    floor, size = lanczos.floor, np.abs(theta)
-    rows = lanczos.basis.combine(S.T)
+    products, basis, floor, size = lanczos.products, lanczos.basis, lanczos.floor, np.abs(theta)
+    rows = basis.combine(S.T)
     if by_pair:
         difference = products.rows(rows).to(rows.dtype)
         difference -= torch.from_numpy(theta).to(rows)[:, None] * rows
@@ -114,10 +99,11 @@ def _measured(
         difference -= lanczos.residual_rows(S)
         noise = np.maximum(_norms(difference), floor)
     else:
-        signs = probe_rows(ProbeSource(1, "rademacher", seed, 2**30), len(theta), torch.float64)
+        signs = probe_rows(
+            ProbeSource(1, "rademacher", lanczos.seed, 2**30), len(theta), torch.float64
+        )
         g = signs[0].numpy() / np.maximum(size, floor or 1.0)
         g /= np.linalg.norm(g)
-        basis = lanczos.basis
         difference = products.rows(basis.combine((S @ g)[None])).to(rows.dtype)
         difference -= basis.combine((S @ (g * theta))[None])
         difference -= lanczos.residual_rows((S @ g)[:, None])

@@ -84,7 +84,11 @@ def eigsh(
         Wu, Simon (2000), doi:10.1137/S0895479898334605.
     """
     given = Products(A)
-    k, budget = _checked(given, k, which, tol, max_matvecs, block_size, compress, exact_residuals)
+    _check(given.size, k, which, tol, block_size, compress)
+    least = k + 1 if exact_residuals else 2
+    budget = max(1000, 50 * k) if max_matvecs is None else max_matvecs
+    if type(budget) is not int or budget < least:
+        raise ValueError(f"max_matvecs must be an integer >= {least} here; got {max_matvecs!r}")
     seed = given.agreed(fresh_seed() if seed is None else seed)
     start = _start(given, v0, V0)
     smaller = _compressed(A, compress)
@@ -99,7 +103,7 @@ def eigsh(
     dtype = at_least_single(products.dtype)
     rows = start_rows(start, products.size, block, seed, dtype, products.device)
     lanczos = Lanczos(products, rows, seed, capacity=4 * count + 4 * block, limit=limit)
-    pairs = find_pairs(products, lanczos, count, which, tol, budget, exact_residuals, seed)
+    pairs = find_pairs(lanczos, count, which, tol, budget, exact_residuals)
     if smaller is not None:
         pairs = _lifted(pairs, smaller, k, which)
     floor = max(lanczos.floor, float(pairs.noise.max()))
@@ -121,24 +125,17 @@ def eigsh(
     )
 
 
-def _checked(
-    products: Products,
-    k: int,
-    which: str,
-    tol: float,
-    max_matvecs: int | None,
-    block_size: int | str,
-    compress: bool | str,
-    exact_residuals: bool,
-) -> tuple[int, int]:
-    """k and the budget of products; raises for arguments out of range."""
+def _check(
+    size: int, k: int, which: str, tol: float, block_size: int | str, compress: bool | str
+) -> None:
+    """Raise ValueError for arguments out of range."""
     check_choice("which", which, WHICH)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be an integer >= 1; got {k!r}")
-    if k > products.size:
+    if k > size:
         raise ValueError(
-            f"k = {k} eigenpairs were asked for, and the operator has {products.size} in all; "
-            f"give k <= {products.size}"
+            f"k = {k} eigenpairs were asked for, and the operator has {size} in all; "
+            f"give k <= {size}"
         )
     if not 0 < tol < 1:
         raise ValueError(
@@ -149,11 +146,6 @@ def _checked(
         raise ValueError(f'block_size must be "auto" or an integer >= 1; got {block_size!r}')
     if compress not in ("auto", True, False):
         raise ValueError(f'compress must be "auto", True or False; got {compress!r}')
-    least = k + 1 if exact_residuals else 2
-    budget = max(1000, 50 * k) if max_matvecs is None else max_matvecs
-    if type(budget) is not int or budget < least:
-        raise ValueError(f"max_matvecs must be an integer >= {least} here; got {max_matvecs!r}")
-    return k, budget
 
 
 def _start(products: Products, v0: Tensor | None, V0: Tensor | None) -> Tensor | None:

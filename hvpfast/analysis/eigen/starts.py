@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def class_gradients(operator: Any) -> Tensor:
                 )
             for c in sorted(set(y.tolist())):
                 own = y == c
-                x = map_tensors(functools.partial(_chosen, own=own), batch.x)
+                x = map_tensors(itemgetter(own), batch.x)
                 z = torch.func.functional_call(model, values, (x,))
                 if not 0 <= c < z.shape[1]:
                     continue  # ignored targets
@@ -97,7 +97,3 @@ def class_gradients(operator: Any) -> Tensor:
     rows = torch.stack([row / counts[c] for (c, _), row in sums.items()])
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return (rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)).T
-
-
-def _chosen(tensor: Tensor, own: Tensor) -> Tensor:
-    return tensor[own]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators.hutchinson import norms_sq, scalar_estimate
+from hvpfast.analysis.estimators.hutchinson import estimate_of, norms_sq
 from hvpfast.analysis.estimators.result import Estimate
 from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_stream, sample
 from hvpfast.analysis.estimators.subspace import (
@@ -44,7 +44,7 @@ def hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float]:
         tally.add(_quadratic(products, rows) + known)
 
     reason = sample(stream, settings, 2 * len(basis), visit, [tally])
-    return scalar_estimate(tally, products, settings, reason, "hutch++")
+    return estimate_of(tally, products, settings, reason, "hutch++")
 
 
 def deflated_frobenius_sq(products: Products, settings: Settings) -> Estimate[float]:
@@ -64,7 +64,7 @@ def deflated_frobenius_sq(products: Products, settings: Settings) -> Estimate[fl
         tally.add(norms_sq(project_out(out, basis)) + known)
 
     reason = sample(stream, settings, 2 * len(basis), visit, [tally])
-    return scalar_estimate(tally, products, settings, reason, "deflated")
+    return estimate_of(tally, products, settings, reason, "deflated")
 
 
 def na_hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float]:
@@ -88,7 +88,7 @@ def na_hutch_plus_plus(products: Products, settings: Settings) -> Estimate[float
         tally.add(_quadratic(products, rows) - sketched + known)
 
     reason = sample(stream, settings, narrow + wide, visit, [tally])
-    return scalar_estimate(tally, products, settings, reason, "na-hutch++")
+    return estimate_of(tally, products, settings, reason, "na-hutch++")
 
 
 def _quadratic(products: Products, rows: Tensor) -> Tensor:

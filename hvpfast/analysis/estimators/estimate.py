@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators import exact, hutchinson, many_models
-from hvpfast.analysis.estimators.deflated import (
-    deflated_frobenius_sq,
-    hutch_plus_plus,
-    na_hutch_plus_plus,
-)
-from hvpfast.analysis.estimators.leave_one_out import xdiag, xtrace
+from hvpfast.analysis.estimators import deflated, exact, hutchinson, leave_one_out, many_models
 from hvpfast.analysis.estimators.result import Estimate, Estimates
 from hvpfast.analysis.estimators.sampling import Settings
 from hvpfast.operators.many_models import ModelsOperator
@@ -25,9 +19,13 @@ from hvpfast.utils.choice import check_choice
 _Method = Callable[[Products, Settings], Estimate[Any]]
 # Besides "hutchinson", "exact" and "auto", which every quantity has.
 _METHODS: dict[str, dict[str, _Method]] = {
-    "trace": {"hutch++": hutch_plus_plus, "na-hutch++": na_hutch_plus_plus, "xtrace": xtrace},
-    "frobenius_sq": {"deflated": deflated_frobenius_sq},
-    "diagonal": {"xdiag": xdiag},
+    "trace": {
+        "hutch++": deflated.hutch_plus_plus,
+        "na-hutch++": deflated.na_hutch_plus_plus,
+        "xtrace": leave_one_out.xtrace,
+    },
+    "frobenius_sq": {"deflated": deflated.deflated_frobenius_sq},
+    "diagonal": {"xdiag": leave_one_out.xdiag},
     "row_norms_sq": {},
 }
 
@@ -84,10 +82,8 @@ def trace(
         Hutchinson (1990), doi:10.1080/03610919008812866; Meyer, Musco, Musco, Woodruff (2021),
         doi:10.1137/1.9781611976496.16; Epperly, Tropp, Webber (2024), doi:10.1137/23M1548323.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
-    return _one(A, "trace", method, settings)
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+    return _one(A, "trace", method, given)
 
 
 def frobenius_sq(
@@ -108,10 +104,8 @@ def frobenius_sq(
     subspace exactly on both sides; ``"exact"``; ``"auto"``. Arguments, results and errors are those
     of :func:`trace`.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
-    return _one(A, "frobenius_sq", method, settings)
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+    return _one(A, "frobenius_sq", method, given)
 
 
 def frobenius_norm(
@@ -131,12 +125,10 @@ def frobenius_norm(
     The root of an unbiased estimate is biased downwards, by about stderr^2 / (2 estimate). The
     standard error is that of the square over 2 estimate, and ``rtol`` is that of the norm.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
     if rtol is not None:  # |a/b - 1| <= rtol where |a^2/b^2 - 1| <= 2 rtol - rtol^2
-        settings = dataclasses.replace(settings, rtol=rtol * (2 - rtol))
-    square = _one(A, "frobenius_sq", method, settings)
+        given = dataclasses.replace(given, rtol=rtol * (2 - rtol))
+    square = _one(A, "frobenius_sq", method, given)
     root = square.estimate**0.5
     if isinstance(square, many_models.ModelsEstimate):
         stderr = torch.where(root > 0, square.stderr / (2 * root), square.stderr)
@@ -162,10 +154,8 @@ def diagonal(
     Methods: ``"hutchinson"``, the mean of v * Av; ``"xdiag"``; ``"exact"``; ``"auto"``. Arguments,
     results and errors are those of :func:`trace`.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
-    return _one(A, "diagonal", method, settings)
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+    return _one(A, "diagonal", method, given)
 
 
 def row_norms_sq(
@@ -185,10 +175,8 @@ def row_norms_sq(
     Methods: ``"hutchinson"``, the mean of (Av)^2; ``"exact"``; ``"auto"``. Arguments, results and
     errors are those of :func:`trace`.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
-    return _one(A, "row_norms_sq", method, settings)
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+    return _one(A, "row_norms_sq", method, given)
 
 
 def estimate_all(
@@ -208,10 +196,8 @@ def estimate_all(
     Methods: ``"hutchinson"``, ``"exact"``, ``"auto"``. With ``rtol`` all four reach the tolerance.
     Arguments and errors are those of :func:`trace`.
     """
-    settings = Settings.of(
-        num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar
-    )
-    return Estimates(**_several(A, tuple(_METHODS), method, settings))
+    given = Settings.of(num_matvecs, distribution, seed, rtol, confidence, max_matvecs, progressbar)
+    return Estimates(**_several(A, tuple(_METHODS), method, given))
 
 
 def _one(A: Any, quantity: str, method: str, settings: Settings) -> Estimate[Any]:

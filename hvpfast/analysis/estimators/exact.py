@@ -101,13 +101,12 @@ def _columns(products: Products, settings: Settings) -> dict[str, Any]:
 def _results(
     values: dict[str, Any], products: Products, stop_reason: str
 ) -> dict[str, Estimate[Any]]:
-    def result(name: str, value: Any) -> Estimate[Any]:
+    results: dict[str, Estimate[Any]] = {}
+    for name, value in values.items():
         scalar = name in SCALARS
-        value = float(value) if scalar else value.to(products.dtype)
-        stderr = 0.0 if scalar else torch.zeros_like(value)
-        return Estimate(
-            estimate=value,
-            stderr=stderr,
+        results[name] = Estimate[Any](
+            estimate=float(value) if scalar else value.to(products.dtype),
+            stderr=0.0 if scalar else torch.zeros_like(value, dtype=products.dtype),
             samples=None,
             num_matvecs=products.num_matvecs,
             stop_reason=stop_reason,
@@ -116,5 +115,4 @@ def _results(
             dof=0,
             positive=name in POSITIVE,
         )
-
-    return {name: result(name, value) for name, value in values.items()}
+    return results

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hvpfast.analysis.estimators.result import Estimate, skewness_coefficients
 from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, probe_stream, sample
-from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally
+from hvpfast.analysis.estimators.tallies import EntryTally, ScalarTally, Tally
 from hvpfast.operators.matvecs import Products
 
 POSITIVE = ("frobenius_sq", "row_norms_sq")
@@ -44,38 +44,26 @@ def estimate(
 ) -> dict[str, Estimate[Any]]:
     """Return estimates of the wanted quantities by name, from the same products."""
     tallies, reason = sampled(products, probe_stream(products, settings), settings, wanted)
-    results: dict[str, Estimate[Any]] = {}
-    for name, tally in tallies.items():
-        if isinstance(tally, ScalarTally):
-            results[name] = scalar_estimate(tally, products, settings, reason, "hutchinson")
-            continue
-        mean, stderr = (t.to(products.dtype) for t in tally.moments())
-        results[name] = Estimate(
-            estimate=mean,
-            stderr=stderr,
-            samples=None,
-            num_matvecs=products.num_matvecs,
-            stop_reason=reason,
-            seed=settings.seed,
-            method="hutchinson",
-            dof=tally.count - 1,
-            positive=name in POSITIVE,
-        )
-    return results
+    return {
+        name: estimate_of(tally, products, settings, reason, "hutchinson")
+        for name, tally in tallies.items()
+    }
 
 
 def sampled(
     products: RowProducts, stream: ProbeStream, settings: Settings, wanted: Sequence[str]
-) -> tuple[dict[str, ScalarTally | EntryTally], str]:
+) -> tuple[dict[str, Tally], str]:
     """Return samples of the wanted quantities by name, and the reason to stop.
 
     For the trace alone quadratic forms are taken: half the price where the operator has them.
     """
     scalars = {name: ScalarTally(name in POSITIVE) for name in wanted if name in SCALARS}
     entries = {
-        name: EntryTally(stream.shape, products.device) for name in wanted if name not in SCALARS
+        name: EntryTally(stream.shape, products.device, name in POSITIVE)
+        for name in wanted
+        if name not in SCALARS
     }
-    tallies: dict[str, ScalarTally | EntryTally] = {**scalars, **entries}
+    tallies: dict[str, Tally] = {**scalars, **entries}
 
     def visit(rows: Tensor) -> None:
         if list(wanted) == ["trace"]:
@@ -96,15 +84,15 @@ def sampled(
     return tallies, reason
 
 
-def scalar_estimate(
-    tally: ScalarTally, products: Products, settings: Settings, reason: str, method: str
-) -> Estimate[float]:
+def estimate_of(
+    tally: Tally, products: Products, settings: Settings, reason: str, method: str
+) -> Estimate[Any]:
     """Return the mean of independent samples as an estimate."""
-    mean, stderr = tally.moments()
-    samples = tally.samples()
-    return Estimate(
-        estimate=float(mean),
-        stderr=float(stderr),
+    mean, stderr = (float(t) if t.dim() == 0 else t.to(products.dtype) for t in tally.moments())
+    samples = tally.samples() if isinstance(tally, ScalarTally) else None
+    return Estimate[Any](
+        estimate=mean,
+        stderr=stderr,
         samples=samples,
         num_matvecs=products.num_matvecs,
         stop_reason=reason,
@@ -112,7 +100,7 @@ def scalar_estimate(
         method=method,
         dof=tally.count - 1,
         positive=tally.positive,
-        skew=skewness_coefficients(samples, tally.positive),
+        skew=(0.0, 0.0) if samples is None else skewness_coefficients(samples, tally.positive),
     )
 
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvpfast.analysis.estimators.hutchinson import POSITIVE, sampled
+from hvpfast.analysis.estimators.hutchinson import sampled
 from hvpfast.analysis.estimators.result import Estimate, skewness_of_each
 from hvpfast.analysis.estimators.sampling import ProbeStream, Settings, chunk_of
 from hvpfast.analysis.estimators.tallies import ScalarTally
-from hvpfast.backends.probes.draw import probes_of_models
-from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.functional.many_models import check_probe_count
 from hvpfast.operators.many_models import ModelsOperator
 from hvpfast.operators.matvecs import NonFiniteProductError, all_finite
@@ -84,7 +82,7 @@ def estimate(
             "operator of each model"
         )
     products = _Products(operator)
-    tallies, reason = sampled(products, _probe_stream(products, settings), settings, wanted)
+    tallies, reason = sampled(products, _probe_stream(operator, settings), settings, wanted)
     results: dict[str, ModelsEstimate] = {}
     for name, tally in tallies.items():
         mean, stderr = tally.moments()
@@ -103,7 +101,7 @@ def estimate(
             seed=settings.seed,
             method=method,
             dof=tally.count - 1,
-            positive=name in POSITIVE,
+            positive=tally.positive,
             skews=skews,
         )
     return results
@@ -114,7 +112,6 @@ class _Products:
 
     def __init__(self, operator: ModelsOperator) -> None:
         self._operator, self.num_matvecs = operator, 0
-        self.num_models, self.size, _ = operator.shape
         self.dtype, self.device = operator.dtype, operator.device
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -136,15 +133,10 @@ class _Products:
         return out
 
 
-def _probe_stream(products: _Products, settings: Settings) -> ProbeStream:
+def _probe_stream(operator: ModelsOperator, settings: Settings) -> ProbeStream:
     """The probes of M models as rows (M, k, P)."""
-    M, P = shape = products.num_models, products.size
-    dtype, device = products.dtype, products.device
+    M, P, _ = operator.shape
     stride = settings.num_matvecs if settings.rtol is None else settings.most
     check_probe_count(M, stride)
-
-    def draw(source: ProbeSource, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        return probes_of_models(source, stride, M, P, dtype, device, out)
-
-    at_once = chunk_of(M * P * dtype.itemsize, _CHUNK_BYTES)
-    return ProbeStream(draw, shape, dtype, device, settings, at_once)
+    at_once = chunk_of(M * P * operator.dtype.itemsize, _CHUNK_BYTES)
+    return ProbeStream((M, P), operator.dtype, operator.device, settings, at_once, stride)

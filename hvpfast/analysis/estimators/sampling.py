@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hvpfast.analysis.estimators.result import student_quantile
 from hvpfast.analysis.estimators.tallies import Tally
-from hvpfast.backends.probes.draw import probe_rows
+from hvpfast.backends.probes.draw import probes_of_models
 from hvpfast.backends.probes.source import ProbeSource, fresh_seed
 from hvpfast.operators.matvecs import Products, at_least_single
 from hvpfast.utils.choice import check_choice
@@ -85,24 +85,24 @@ class ProbeStream:
     """Probes 0, 1, 2, ... of one seed as rows (k, P), or (M, k, P) of many models, drawn when used.
 
     Args:
-        draw: returns the probes of a source as rows of a dtype, in given memory or, for None, new.
         shape: (P,) or (M, P).
         dtype: of the operator; rows have at least single precision.
         device: of the rows.
         settings: distribution and seed.
         at_once: probes of a chunk.
+        stride: model m has the probes from number ``m stride`` on.
     """
 
     def __init__(
         self,
-        draw: Callable[[ProbeSource, torch.dtype, Tensor | None], Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         settings: Settings,
         at_once: int,
+        stride: int = 0,
     ) -> None:
-        self._draw, self._at_once = draw, at_once
+        self._at_once, self._stride = at_once, stride
         self.shape, self.dtype, self._device = shape, at_least_single(dtype), device
         self._sphere = settings.distribution == "sphere"
         self._distribution = "normal" if self._sphere else settings.distribution
@@ -124,39 +124,31 @@ class ProbeStream:
     def rows(self, count: int, memory: Tensor | None = None) -> Tensor:
         """Return the next ``count`` probes as rows, in ``memory`` of their size if it is given."""
         *lead, size = self.shape
+        models = math.prod(lead)
         source = ProbeSource(count, self._distribution, self._seed, self._next)
-        out = None if memory is None else memory.view(*lead, count, size)
-        rows = self._draw(source, self.dtype, out)
+        out = None if memory is None else memory.view(models, count, size)
+        rows = probes_of_models(source, self._stride, models, size, self.dtype, self._device, out)
         self._next += count
-        if self._sphere:
-            scaled(rows.view(-1, size), size)
-        return rows
+        self.on_sphere(rows.view(-1, size), size)
+        return rows if lead else rows[0]
 
     def on_sphere(self, rows: Tensor, dimension: int) -> Tensor:
         """Scale rows to length sqrt(dimension), in place, if the distribution is the sphere."""
-        return scaled(rows, dimension) if self._sphere else rows
+        if not self._sphere:
+            return rows
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        scale = math.sqrt(dimension) / norms.clamp_min(torch.finfo(torch.float64).tiny)
+        return rows.mul_(scale.to(rows.dtype))
 
 
 def probe_stream(products: Products, settings: Settings, at_once: int = 1) -> ProbeStream:
     """Return the probes for an operator, at least ``at_once`` at a time."""
-    size, device = products.size, products.device
-
-    def draw(source: ProbeSource, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        return probe_rows(source, size, dtype, device, out)
-
     at_once = max(at_once, rows_at_once(products))
-    return ProbeStream(draw, (size,), products.dtype, device, settings, at_once)
-
-
-class Chunks(Protocol):
-    """A stream of probes."""
-
-    def chunks(self, count: int) -> Iterator[Tensor]:
-        """Yield the next ``count`` probes, a chunk at a time."""
+    return ProbeStream((products.size,), products.dtype, products.device, settings, at_once)
 
 
 def sample(
-    stream: Chunks,
+    stream: ProbeStream,
     settings: Settings,
     spent: int,
     visit: Callable[[Tensor], None],
@@ -203,7 +195,8 @@ def sample(
         take(count)
         if rtol is None:
             return "budget"
-        for share, next_share in itertools.pairwise(_shares()):
+        shares = itertools.chain((0.25, 0.5), (0.5**power for power in itertools.count(3)))
+        for share, next_share in itertools.pairwise(shares):
             error, needed = _check(tallies, settings, share, next_share)
             if error <= rtol:
                 return "rtol"
@@ -213,14 +206,6 @@ def sample(
             take(grown - count)
             count = grown
     raise AssertionError("the shares do not end")
-
-
-def _shares() -> Iterator[float]:
-    """1/4, 1/2, 1/8, 1/16, ...: their sum is 1."""
-    yield 0.25
-    yield 0.5
-    for power in itertools.count(3):
-        yield 0.5**power
 
 
 def _check(
@@ -237,13 +222,6 @@ def _check(
     width = later / (1 + later) if later < math.inf else 1.0
     needed = n * (1.1 * width * (1 + rtol) / rtol) ** 2
     return error, math.ceil(min(needed, settings.most if width < 0.5 else 8 * n))
-
-
-def scaled(rows: Tensor, dimension: int) -> Tensor:
-    """Scale rows to length sqrt(dimension), in place."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    scale = math.sqrt(dimension) / norms.clamp_min(torch.finfo(torch.float64).tiny)
-    return rows.mul_(scale.to(rows.dtype))
 
 
 def rows_at_once(products: Products) -> int:

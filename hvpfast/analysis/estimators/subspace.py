@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -74,8 +74,6 @@ def multiply(products: Products, chunks: Iterable[Tensor], out: Tensor) -> Tenso
     return out
 
 
-def chunks_of(products: Products, rows: Tensor) -> Iterator[Tensor]:
-    """Yield rows (k, P), as many at a time as are multiplied at once."""
-    step = rows_at_once(products)
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+def chunks_of(products: Products, rows: Tensor) -> tuple[Tensor, ...]:
+    """Return rows (k, P) in parts, as many at a time as are multiplied at once."""
+    return torch.split(rows, rows_at_once(products))

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _BLOCK = 2**20  # entries of some rows that stay in cache from one operation to the next
-
-
-class Tally(Protocol):
-    """Running moments of one quantity."""
-
-    count: int
-
-    def relative_error(self, quantile: float) -> float:
-        """Bound of |estimate - truth| / |truth| at so many standard errors.
-
-        Of many models it is the largest.
-        """
 
 
 class ScalarTally:
@@ -52,7 +39,7 @@ class ScalarTally:
         return mean, samples.std(-1) / math.sqrt(self.count)
 
     def relative_error(self, quantile: float) -> float:
-        """Bound of |mean - truth| / |truth|."""
+        """Bound of |mean - truth| / |truth| at so many standard errors; of M models the largest."""
         mean, stderr = self.moments()
         return _largest_error(mean, quantile * stderr, self.positive)
 
@@ -63,12 +50,15 @@ class EntryTally:
     Args:
         shape: P, (P,), or (M, P) for many models.
         device: of the sums.
+        positive: no number can be negative.
     """
 
-    def __init__(self, shape: int | tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, shape: int | tuple[int, ...], device: torch.device, positive: bool = False
+    ) -> None:
         self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._sum)
-        self.count = 0
+        self.positive, self.count = positive, 0
 
     def add(self, sample: Callable[[slice], Tensor], count: int) -> None:
         """Take ``count`` samples; ``sample(entries)`` gives those of some entries, (..., count, p).
@@ -99,6 +89,9 @@ class EntryTally:
         """
         mean, stderr = self.moments()
         return _largest_error(mean.norm(dim=-1), quantile * stderr.norm(dim=-1), positive=False)
+
+
+Tally = ScalarTally | EntryTally
 
 
 def blocks(size: int, count: int) -> Iterator[slice]:

@@ -14,7 +14,8 @@ Reference: Li, Xu, Taylor, Studer, Goldstein (2018), arXiv:1712.09913.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,24 +57,52 @@ def ignored_names(
     return tuple(entry.name for entry in entries if stays(entry.name))
 
 
-def random_rows(count: int, size: int, seed: int, still: Sequence[slice]) -> Tensor:
-    """Standard normal directions (D, P) in float64, zero in the slices that do not move."""
-    rows = probe_rows(ProbeSource(count, "normal", seed), size, torch.float64)
-    for part in still:
+def directions_of(
+    count: int,
+    given: Tensor | Sequence[Tensor] | None,
+    entries: Sequence[Entry],
+    normalize: str | None,
+    seed: int | None,
+    still: Sequence[str],
+) -> Tensor:
+    """Directions (D, P) in float64 on the CPU."""
+    places = _slices_of(entries)
+    size = places[-1][1].stop
+    fixed = [part for entry, part in places if entry.name in still]
+    if given is None:
+        assert seed is not None
+        rows = probe_rows(ProbeSource(count, "normal", seed), size, torch.float64)
+    else:
+        rows = _given_rows(given, count, size)
+    for part in fixed:
         rows[:, part] = 0
-    return rows
+    if given is None and not bool(rows.any()):
+        raise ValueError(f"ignore leaves nothing to move: {', '.join(still)} are all there is")
+    if normalize is not None:
+        center = torch.cat([entry.values() for entry in entries]).double().cpu()
+        return _normalised(rows, center, entries, normalize)
+    rows = _orthogonal(rows)
+    return rows if given is not None else rows / rows.norm(dim=1, keepdim=True)
 
 
-def slices_of(entries: Sequence[Entry]) -> Iterator[tuple[Entry, slice]]:
+def _given_rows(given: Tensor | Sequence[Tensor], count: int, size: int) -> Tensor:
+    columns = given.T if isinstance(given, Tensor) and given.dim() == 2 else given
+    rows = [row.detach().double().cpu() for row in columns]
+    if len(rows) != count or any(tuple(row.shape) != (size,) for row in rows):
+        wanted = f"columns ({size}, 2), or two vectors ({size},)" if count > 1 else f"({size},)"
+        got = tuple(given.shape) if isinstance(given, Tensor) else [tuple(r.shape) for r in rows]
+        raise ValueError(f"directions must be {wanted}, flat as params; got {got}")
+    return torch.stack(rows)
+
+
+def _slices_of(entries: Sequence[Entry]) -> list[tuple[Entry, slice]]:
     """The entries with their parts of the flat vector."""
-    start = 0
-    for entry in entries:
-        stop = start + entry.numel
-        yield entry, slice(start, stop)
-        start = stop
+    stops = list(itertools.accumulate(entry.numel for entry in entries))
+    parts = map(slice, [0, *stops], stops)
+    return list(zip(entries, parts, strict=True))
 
 
-def normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize: str) -> Tensor:
+def _normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize: str) -> Tensor:
     """Directions (D, P) with the norms of the parameters (P,) and right angles, by groups.
 
     Args:
@@ -83,7 +112,7 @@ def normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize
         normalize: ``"filter"`` or ``"layer"``.
     """
     out = torch.empty_like(rows)
-    for entry, part in slices_of(entries):
+    for entry, part in _slices_of(entries):
         filters = entry.shape[0] if normalize == "filter" and len(entry.shape) > 1 else 1
         filters = 1 if filters == entry.numel else filters
         shape = (filters, entry.numel // filters)
@@ -103,7 +132,7 @@ def normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize
     return out
 
 
-def orthogonal(rows: Tensor) -> Tensor:
+def _orthogonal(rows: Tensor) -> Tensor:
     """Directions (D, P) of the same lengths and span, each orthogonal to those before it.
 
     Raises:

@@ -50,7 +50,7 @@ def contour(
     Raises:
         ValueError: a line, an incomplete surface, unknown names, or a log scale of losses <= 0.
     """
-    named = _planes(surfaces)
+    named = _complete(surfaces, planes=True)
     norm, note = _norm(named, scale, limit)
     pair = _difference(named, difference)
     count = len(named) + (pair is not None)
@@ -84,9 +84,11 @@ def surface3d(
     Arguments as for :func:`contour`; ``elevation`` and ``azimuth`` of the eye in degrees. Points
     whose loss overflows are left out of the surface and marked on its floor.
     """
-    named = _planes(surfaces)
+    named = _complete(surfaces, planes=True)
     norm, note = _norm(named, scale, limit)
     figure = plotting.new_figure(4.6 * len(named), 4.4)
+    from matplotlib import colormaps
+
     log = type(norm).__name__ == "LogNorm"
     for index, (name, surface) in enumerate(named.items()):
         assert surface.y is not None
@@ -94,7 +96,7 @@ def surface3d(
         x, y = np.meshgrid(surface.x.numpy(), surface.y.numpy())
         shown = _shown(surface.losses, norm.vmax)
         height = np.log10(shown) if log else shown
-        colors = _colors(norm, shown)
+        colors = colormaps[_MAP](norm(np.ma.masked_invalid(shown)))  # transparent where NaN
         ax.plot_surface(x, y, height, facecolors=colors, rcount=200, ccount=200, linewidth=0,
                         antialiased=True, shade=False)  # fmt: skip
         low, high = (math.log10(v) if log else v for v in (norm.vmin, norm.vmax))
@@ -119,11 +121,7 @@ def curves(lines: Surfaces, *, scale: str = "auto") -> Figure:
     Raises:
         ValueError: a plane, an incomplete line, or a log scale of losses <= 0.
     """
-    named = {"loss": lines} if isinstance(lines, Surface) else dict(lines)
-    for name, surface in named.items():
-        if surface.y is not None:
-            raise ValueError(f"{name} is a plane: use contour or surface3d")
-        _check_complete(name, surface)
+    named = _complete(lines, planes=False)
     norm, _ = _norm(named, scale, None)
     figure = plotting.new_figure(6.0, 4.0)
     ax = figure.add_subplot()
@@ -144,30 +142,21 @@ def curves(lines: Surfaces, *, scale: str = "auto") -> Figure:
     return figure
 
 
-def _colors(norm: Any, values: Any) -> Any:
-    """Colours (Y, X, 4) of values; transparent where they are NaN."""
-    from matplotlib import colormaps
-
-    return colormaps[_MAP](norm(np.ma.masked_invalid(values)))
-
-
-def _planes(surfaces: Surfaces) -> dict[str, Surface]:
+def _complete(surfaces: Surfaces, planes: bool) -> dict[str, Surface]:
+    """The surfaces by name; raises unless all are complete, and planes or else lines."""
     named = {"loss": surfaces} if isinstance(surfaces, Surface) else dict(surfaces)
-    if not named:
+    if planes and not named:
         raise ValueError("no surface was given")
     for name, surface in named.items():
-        if surface.y is None:
-            raise ValueError(f"{name} is a line: use curves")
-        _check_complete(name, surface)
+        if planes != (surface.y is not None):
+            hint = "a line: use curves" if planes else "a plane: use contour or surface3d"
+            raise ValueError(f"{name} is {hint}")
+        if not surface.complete:
+            raise ValueError(
+                f"{name} has {int((~surface.done).sum())} points that were not evaluated: finish "
+                "it by the call that made it"
+            )
     return named
-
-
-def _check_complete(name: str, surface: Surface) -> None:
-    if not surface.complete:
-        raise ValueError(
-            f"{name} has {int((~surface.done).sum())} points that were not evaluated: finish it "
-            "by the call that made it"
-        )
 
 
 def _norm(named: Mapping[str, Surface], scale: str, limit: float | None) -> tuple[Any, list[str]]:
@@ -195,9 +184,8 @@ def _norm(named: Mapping[str, Surface], scale: str, limit: float | None) -> tupl
 
 
 def _levels(norm: Any) -> Any:
-    if type(norm).__name__ == "LogNorm":
-        return np.geomspace(norm.vmin, norm.vmax, _LEVELS + 1)
-    return np.linspace(norm.vmin, norm.vmax, _LEVELS + 1)
+    spaced = np.geomspace if type(norm).__name__ == "LogNorm" else np.linspace
+    return spaced(norm.vmin, norm.vmax, _LEVELS + 1)
 
 
 def _shown(losses: Tensor, high: float) -> Any:
@@ -279,9 +267,5 @@ def _captions(figure: Figure, named: Mapping[str, Surface], notes: Sequence[str]
             lines.append(
                 f"{name}: the loss overflows at {count} of {surface.losses.numel()} points (marked)"
             )
-    plotting.caption(figure, "\n".join(_wrapped(line, figure.get_figwidth()) for line in lines))
-
-
-def _wrapped(text: str, width: float) -> str:
-    """Break a line of small print to the width of a figure in inches."""
-    return "\n".join(textwrap.wrap(text, int(width * 16)))
+    letters = int(figure.get_figwidth() * 16)  # that fit into a line
+    plotting.caption(figure, "\n".join(textwrap.fill(line, letters) for line in lines))

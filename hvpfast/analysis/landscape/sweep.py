@@ -17,19 +17,16 @@ from tqdm import tqdm
 
 from hvpfast.analysis.landscape.directions import (
     NORMALIZE,
+    directions_of,
     ignored_names,
     ignored_words,
-    normalised,
-    orthogonal,
-    random_rows,
-    slices_of,
     unit_text,
 )
 from hvpfast.analysis.landscape.losses import Losses
 from hvpfast.analysis.landscape.surface import Surface, load
 from hvpfast.backends.probes.source import fresh_seed
 from hvpfast.operators.batch import bytes_of
-from hvpfast.operators.parameters import Entry, by_layer, select
+from hvpfast.operators.parameters import by_layer, select
 
 Span = float | tuple[float, float]
 
@@ -91,7 +88,7 @@ def plane(
         ValueError: an argument is not as described; BatchNorm or Dropout in train mode; the file
             is of other settings, parameters or data (the message says which).
     """
-    axes = [_axis("span", pair, count) for pair, count in _two_axes(span, num_points)]
+    axes = [_axis(pair, count) for pair, count in _two_axes(span, num_points)]
     how = _Options(normalize, ignore, seed, reduction, dtype, points_at_once)
     saving = _Saving(None if path is None else Path(path), save_every, progressbar)
     return _sweep(axes, model, loss_fn, params, data, directions, how, saving)
@@ -122,7 +119,7 @@ def line(
     with ``span=(0, 1)``.
     """
     given = None if direction is None else [direction]
-    axes = [_axis("span", span, num_points)]
+    axes = [_axis(span, num_points)]
     how = _Options(normalize, ignore, seed, reduction, dtype, points_at_once)
     saving = _Saving(None if path is None else Path(path), save_every, progressbar)
     return _sweep(axes, model, loss_fn, params, data, given, how, saving)
@@ -175,9 +172,8 @@ def _sweep(
         seed = fresh_seed() if stored is None or stored.seed is None else stored.seed
     words = ignored_words(ignore) if given is None or normalize is not None else ()
     still = ignored_names(model, entries, words)
-    rows = _directions(len(axes), given, entries, normalize, seed, still)
+    rows = directions_of(len(axes), given, entries, normalize, seed, still)
     losses = Losses(model, loss_fn, data, reduction, dtype, entries, rows)
-    at_once = losses.points_at_once if points_at_once == "auto" else int(points_at_once)
     rows = rows.to(losses.dtype)
     settings: dict[str, Any] = {
         "model": type(model).__name__,
@@ -189,7 +185,7 @@ def _sweep(
         "still": list(still),
         "seed": seed,
         "unit": unit_text(normalize, given is not None, rows.double().norm(dim=1).tolist(), still),
-        "points_at_once": at_once,
+        "points_at_once": losses.points_at_once if points_at_once == "auto" else points_at_once,
     }
     if file is not None:
         checks = {**losses.checksums(), "directions": _digest(rows), "grid": _digest(*axes)}
@@ -208,19 +204,14 @@ def _sweep(
         )
     else:
         _check_same(stored.settings, settings, file)
-    _fill(stored, axes, losses, at_once, saving)
+    _fill(stored, axes, losses, saving)
     return stored
 
 
-def _fill(
-    surface: Surface,
-    axes: Sequence[Tensor],
-    losses: Losses,
-    at_once: int,
-    saving: _Saving,
-) -> None:
+def _fill(surface: Surface, axes: Sequence[Tensor], losses: Losses, saving: _Saving) -> None:
     """Evaluate the points that are not done, in parts of the grid that are always the same."""
     points = torch.cartesian_prod(*axes).view(-1, len(axes))
+    at_once = surface.settings["points_at_once"]
     values, done = surface.losses.view(-1), surface.done.view(-1)
     parts = [
         slice(start, min(start + at_once, len(points)))
@@ -242,44 +233,6 @@ def _fill(
                 saved = time.monotonic()
 
 
-def _directions(
-    count: int,
-    given: Tensor | Sequence[Tensor] | None,
-    entries: Sequence[Entry],
-    normalize: str | None,
-    seed: int | None,
-    still: Sequence[str],
-) -> Tensor:
-    """Directions (D, P) in float64 on the CPU."""
-    places = list(slices_of(entries))
-    size = places[-1][1].stop
-    fixed = [part for entry, part in places if entry.name in still]
-    if given is None:
-        assert seed is not None
-        rows = random_rows(count, size, seed, fixed)
-        if not bool(rows.any()):
-            raise ValueError(f"ignore leaves nothing to move: {', '.join(still)} are all there is")
-    else:
-        rows = _given_rows(given, count, size)
-        for part in fixed:
-            rows[:, part] = 0
-    if normalize is not None:
-        center = torch.cat([entry.values() for entry in entries]).double().cpu()
-        return normalised(rows, center, entries, normalize)
-    rows = orthogonal(rows)
-    return rows if given is not None else rows / rows.norm(dim=1, keepdim=True)
-
-
-def _given_rows(given: Tensor | Sequence[Tensor], count: int, size: int) -> Tensor:
-    columns = given.T if isinstance(given, Tensor) and given.dim() == 2 else given
-    rows = [row.detach().double().cpu() for row in columns]
-    if len(rows) != count or any(tuple(row.shape) != (size,) for row in rows):
-        wanted = f"columns ({size}, 2), or two vectors ({size},)" if count > 1 else f"({size},)"
-        got = tuple(given.shape) if isinstance(given, Tensor) else [tuple(r.shape) for r in rows]
-        raise ValueError(f"directions must be {wanted}, flat as params; got {got}")
-    return torch.stack(rows)
-
-
 def _two_axes(
     span: Span | tuple[Span, Span], num_points: int | tuple[int, int]
 ) -> list[tuple[Span, int]]:
@@ -292,21 +245,18 @@ def _two_axes(
     return list(zip(spans, counts, strict=True))
 
 
-def _axis(name: str, span: Span, count: int) -> Tensor:
+def _axis(span: Span, count: int) -> Tensor:
     """Coordinates low + (high - low) i / (n - 1); the middle one of -s to s is exactly 0."""
     low, high = span if isinstance(span, tuple) else (-span, span)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"{name} must go up between finite numbers; got {low!r} to {high!r}")
+        raise ValueError(f"span must go up between finite numbers; got {low!r} to {high!r}")
     if type(count) is not int or count < 2:
         raise ValueError(f"num_points must be integers >= 2; got {count!r}")
     return low + (high - low) * (torch.arange(count, dtype=torch.float64) / (count - 1))
 
 
 def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(map(bytes_of, tensors))).hexdigest()
 
 
 def _check_same(stored: Any, wanted: Any, file: Path | None) -> None:

@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from hvpfast.utils.files import write_whole
 
 Line = dict[str, Any]
 
+_APPEND = os.O_WRONLY | os.O_APPEND
 _NOT_FINITE = re.compile(r"the loss is -?(nan|inf)\b")  # the operators' message for such a loss
 
 
@@ -115,14 +117,10 @@ class CurvatureLogger:
         for name in self._quantities:
             if name not in QUANTITIES:
                 raise ValueError(f"quantities are {', '.join(QUANTITIES)}; got {name!r}")
-        self._operator = GGNOperator if check_curvature(curvature) else HessianOperator
-        self._model, self._loss_fn, self._data, self._params = model, loss_fn, data, params
-        self._options: dict[str, Any] = {
-            "reduction": reduction,
-            "dtype": dtype,
-            "backend": backend,
-        }
-        self._entries = select(model, params)
+        kind = GGNOperator if check_curvature(curvature) else HessianOperator
+        options: dict[str, Any] = {"reduction": reduction, "dtype": dtype, "backend": backend}
+        self._operator = partial(kind, model, loss_fn, params, data, **options)
+        self._model, self._entries = model, select(model, params)
         self._measurement = Measurement(
             self._quantities, num_matvecs, num_eigenvalues, tol, max_matvecs
         )
@@ -134,9 +132,8 @@ class CurvatureLogger:
         self._before: Tensor | None = None
         self._measured = self._cost = self._earlier = 0.0
         self._began = time.monotonic()
-        self._file: int | None = None
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file: int | None = os.open(self._path, _APPEND | os.O_CREAT, 0o666)
 
     @property
     def num_steps(self) -> int:
@@ -155,9 +152,8 @@ class CurvatureLogger:
             The line that was logged, or None.
         """
         self._steps += 1
-        due = self._steps % self._every == 0
         line = None
-        if due and self._steps > self._last:
+        if self._steps % self._every == 0 and self._steps > self._last:
             if self._affordable():
                 line = self._log()
             else:
@@ -212,7 +208,7 @@ class CurvatureLogger:
         if len(kept) < len(lines):
             write_whole(self._path, b"".join(kept))
             self.close()
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            self._file = os.open(self._path, _APPEND)
         self._last = json.loads(kept[-1])["step"] if kept else -1
 
     def _affordable(self) -> bool:
@@ -248,10 +244,7 @@ class CurvatureLogger:
             return self._measurement.nothing(f"parameters are not finite: {', '.join(wrong)}")
         update = None if self._before is None else self._flat() - self._before
         try:
-            A = self._operator(
-                self._model, self._loss_fn, self._params, self._data, **self._options
-            )
-            return self._measurement(A, update, seed)
+            return self._measurement(self._operator(), update, seed)
         except (ValueError, FloatingPointError) as error:
             if isinstance(error, ValueError) and not _NOT_FINITE.search(str(error)):
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _ALONG = ("gradient_curvature", "update_curvature")
 QUANTITIES = ("loss", "gradient_norm", *_ESTIMATED, *_EIGEN, *_ALONG)
 
 
+@dataclass
 class Measurement:
     """Measures chosen quantities of an operator; keeps eigenvectors as starts of the next search.
 
@@ -26,24 +28,18 @@ class Measurement:
         vectors: the eigenvectors of the last search (P, k), or None.
     """
 
-    def __init__(
-        self,
-        quantities: tuple[str, ...],
-        num_matvecs: int,
-        num_eigenvalues: int,
-        tol: float,
-        max_matvecs: int,
-    ) -> None:
-        self._quantities, self._num_matvecs = quantities, num_matvecs
-        self._count = num_eigenvalues if "top_eigenvalues" in quantities else 1
-        self._tol, self._max_matvecs = tol, max_matvecs
-        self.vectors: Tensor | None = None
+    quantities: tuple[str, ...]
+    num_matvecs: int
+    num_eigenvalues: int
+    tol: float
+    max_matvecs: int
+    vectors: Tensor | None = None
 
     def __call__(
         self, A: HessianOperator | GGNOperator, update: Tensor | None, seed: int
     ) -> dict[str, Any]:
         """The values by name, with ``num_matvecs``; in the order of ``QUANTITIES``."""
-        wanted = self._quantities
+        wanted = self.quantities
         found: dict[str, Any] = {"num_matvecs": 0}
         if "loss" in wanted:
             found["loss"] = float(A.loss)
@@ -61,21 +57,21 @@ class Measurement:
 
     def nothing(self, error: str) -> dict[str, Any]:
         """Nulls for all quantities, with the error."""
-        return {"num_matvecs": 0, **dict.fromkeys(self._quantities), "error": error}
+        return {"num_matvecs": 0, **dict.fromkeys(self.quantities), "error": error}
 
     def _estimate(self, A: Any, seed: int, found: dict[str, Any]) -> None:
-        if not {"frobenius_sq", "diagonal_norm"} & set(self._quantities):
-            result = trace(A, self._num_matvecs, seed=seed)  # v'Av alone, at half the price
+        if not {"frobenius_sq", "diagonal_norm"} & set(self.quantities):
+            result = trace(A, self.num_matvecs, seed=seed)  # v'Av alone, at half the price
             found["trace"], found["trace_stderr"] = float(result), float(result.stderr)
             found["num_matvecs"] += result.num_matvecs
             return
-        joint = estimate_all(A, self._num_matvecs, seed=seed)
+        joint = estimate_all(A, self.num_matvecs, seed=seed)
         found["num_matvecs"] += joint.trace.num_matvecs
         for name in ("trace", "frobenius_sq"):
-            if name in self._quantities:
+            if name in self.quantities:
                 value = getattr(joint, name)
                 found[name], found[f"{name}_stderr"] = float(value), float(value.stderr)
-        if "diagonal_norm" in self._quantities:
+        if "diagonal_norm" in self.quantities:
             d, s = joint.diagonal.estimate.double(), joint.diagonal.stderr.double()
             # E d_i^2 = A_ii^2 + s_i^2
             norm = math.sqrt(max(0.0, float((d.square() - s.square()).sum())))
@@ -84,21 +80,15 @@ class Measurement:
             found["diagonal_norm_stderr"] = spread / norm if norm > 0 else math.nan
 
     def _search(self, A: Any, seed: int, found: dict[str, Any]) -> None:
-        result = eigsh(
-            A,
-            self._count,
-            "LA",
-            V0=self.vectors,
-            tol=self._tol,
-            max_matvecs=self._max_matvecs,
-            seed=seed,
-        )
+        count = self.num_eigenvalues if "top_eigenvalues" in self.quantities else 1
+        limits: dict[str, Any] = {"tol": self.tol, "max_matvecs": self.max_matvecs}
+        result = eigsh(A, count, "LA", V0=self.vectors, seed=seed, **limits)
         self.vectors = result.eigenvectors
         found["num_matvecs"] += result.num_matvecs
         values, residuals = result.eigenvalues.tolist(), result.residual_norms.tolist()
-        if "top_eigenvalues" in self._quantities:
+        if "top_eigenvalues" in self.quantities:
             found["top_eigenvalues"], found["top_residuals"] = values, residuals
-        if "sharpness" in self._quantities:
+        if "sharpness" in self.quantities:
             found["sharpness"] = values[0] if values else None
 
     def _curvatures(self, A: Any, along: dict[str, Tensor | None], found: dict[str, Any]) -> None:
