@@ -110,8 +110,8 @@ def xtrace(
 
 
 def _trace(A: Any, num_matvecs: int, method: str, distribution: str, seed: int | None) -> Tensor:
-    options: dict[str, Any] = {"method": method, "distribution": distribution, "seed": seed}
-    return _scalar(A, trace(A, num_matvecs, **options).estimate)
+    result = trace(A, num_matvecs, method=method, distribution=distribution, seed=seed)
+    return _scalar(A, result.estimate)
 
 
 def hutchinson_diag(

@@ -106,12 +106,10 @@ class hessian:
             tol: half-width of the 95 % confidence interval, relative to the estimate, at which
                 sampling stops, after 16 samples at the earliest; 0 takes ``maxIter`` samples.
         """
+        count, limits = maxIter, dict[str, Any]()
         if tol > 0 and maxIter > _FIRST_CHECK:
-            result = trace(
-                self.operator, _FIRST_CHECK, rtol=tol, max_matvecs=maxIter, seed=self._seed
-            )
-        else:
-            result = trace(self.operator, maxIter, seed=self._seed)
+            count, limits = _FIRST_CHECK, {"rtol": tol, "max_matvecs": maxIter}
+        result = trace(self.operator, count, seed=self._seed, **limits)
         assert result.samples is not None
         return result.samples.tolist()
 

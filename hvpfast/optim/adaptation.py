@@ -130,12 +130,19 @@ class HessianLRAdaptation(Optimizer):
         for p in params:
             if p.grad.layout is not torch.strided or p.grad.is_complex():
                 raise TypeError("gradients must be dense and real for HessianLRAdaptation")
-        self._average(params, before, operator)
+        for p, c in self._signals(params, before, operator):
+            state = self.state[p]
+            if "s" not in state:
+                state["s"], state["count"] = torch.zeros_like(p), 0
+            state["s"].mul_(self.beta).addcmul_(c, c, value=1 - self.beta)
+            state["count"] += 1
         self.num_steps += 1
         grads = [p.grad for p in params]
         try:
             for p in params:
-                p.grad = self._scaled(p)
+                rms = self.rms_curvature(p)
+                if rms is not None:
+                    p.grad = p.grad / rms.add_(self.eps)
             self.base.step()
         finally:
             for p, grad in zip(params, grads, strict=True):
@@ -154,20 +161,6 @@ class HessianLRAdaptation(Optimizer):
         elif self.bias_correction:
             s = s / (1 - self.beta ** state["count"])
         return s.sqrt()
-
-    def _scaled(self, p: Tensor) -> Tensor:
-        rms = self.rms_curvature(p)
-        assert p.grad is not None
-        return p.grad if rms is None else p.grad / rms.add_(self.eps)
-
-    def _average(self, params: list[Tensor], before: dict[Tensor, Tensor], operator: Any) -> None:
-        """Add c_t to the running means of the parameters."""
-        for p, c in self._signals(params, before, operator):
-            state = self.state[p]
-            if "s" not in state:
-                state["s"], state["count"] = torch.zeros_like(p), 0
-            state["s"].mul_(self.beta).addcmul_(c, c, value=1 - self.beta)
-            state["count"] += 1
 
     def _signals(
         self, params: list[Tensor], before: dict[Tensor, Tensor], operator: Any

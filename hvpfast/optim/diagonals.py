@@ -70,8 +70,7 @@ def exact_diagonal(operator: Any) -> Tensor:
     """diag(H), (P,): by per-sample cores where the operator has them, else by columns of H."""
     if isinstance(operator, Linearization):
         return operator.diagonal(False)
-    found: Tensor = diagonal(operator, method="exact").estimate
-    return found
+    return diagonal(operator, method="exact").estimate
 
 
 def cut(flat: Tensor, params: Sequence[Tensor]) -> list[Tensor]:

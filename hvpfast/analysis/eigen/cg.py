@@ -163,7 +163,7 @@ class _Run:
         whole = len(active) == len(r)
         direction = p if whole else p[active]
         product = self._products.rows(direction)
-        curvature = _dots(direction, product)
+        curvature: Tensor = torch.linalg.vecdot(direction.double(), product.double()).cpu()
         if bool((curvature <= 0).any()):
             self.curvature = float((curvature / _squares(direction)).min())
             return "indefinite"
@@ -192,11 +192,6 @@ def _rows(products: Products, name: str, columns: Tensor) -> Tensor:
     if not bool(torch.isfinite(columns).all()):
         raise ValueError(f"{name} holds NaN or infinity")
     return rows.contiguous()
-
-
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    dots: Tensor = torch.linalg.vecdot(left.double(), right.double()).cpu()
-    return dots
 
 
 def _squares(rows: Tensor) -> Tensor:

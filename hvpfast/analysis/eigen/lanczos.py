@@ -113,9 +113,7 @@ class Lanczos:
         C, R, self._next = self.basis.orthonormalize(W, NEGLIGIBLE * self.floor, self._near)
         self._near = old
         if old + r > len(self._room):
-            larger = np.zeros((2 * (old + r), 2 * (old + r)))
-            larger[:old, :old] = self._room[:old, :old]
-            self._room = larger
+            self._room = np.pad(self._room[:old, :old], (0, old + 2 * r))
         H = self._room[: old + r, : old + r]
         H[:, old:] = C.T
         H[old:, :old] = self._B

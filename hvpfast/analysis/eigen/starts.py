@@ -63,13 +63,9 @@ def class_gradients(operator: Any) -> Tensor:
         raise ValueError(
             "class gradients of data spread over processes are not offered: start without them"
         )
-    owners = {id(t): t for t in linearized.objective.tensors}
-    values = {
-        name: p.detach().to(operator.dtype).requires_grad_(id(p) in owners)
-        for name, p in model.named_parameters()
-    }
-    chosen = [values[name] for name, p in model.named_parameters() if id(p) in owners]
-    order = {id(p): i for i, p in enumerate(p for p in model.parameters() if id(p) in owners)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    values = {name: p.detach().to(operator.dtype) for name, p in model.named_parameters()}
+    chosen = [values[names[id(t)]].requires_grad_() for t in linearized.objective.tensors]
     sums: dict[tuple[int, int], Tensor] = {}
     counts: dict[int, int] = {}
     with linearized.running(), torch.enable_grad():
@@ -89,10 +85,8 @@ def class_gradients(operator: Any) -> Tensor:
                 counts[c] = counts.get(c, 0) + len(z)
                 for j in range(z.shape[1]):
                     parts = torch.autograd.grad(z[:, j].sum(), chosen, retain_graph=True)
-                    tensors = [
-                        parts[order[id(t)]].reshape(-1) for t in linearized.objective.tensors
-                    ]
-                    row = operator.subset.restrict(torch.cat(tensors)[None])[0]
+                    flat = torch.cat([part.reshape(-1) for part in parts])
+                    row = operator.subset.restrict(flat[None])[0]
                     sums[c, j] = sums[c, j] + row if (c, j) in sums else row
     rows = torch.stack([row / counts[c] for (c, _), row in sums.items()])
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -36,18 +36,13 @@ _NORMS = tuple(
 _PARALLEL = 1e-6  # sine of the angle below which two directions span no plane
 
 
-def ignored_words(ignore: str | None) -> tuple[str, ...]:
-    """The words of ``ignore``, such as "bias,norm"."""
-    words = tuple(word.strip() for word in (ignore or "").split(",") if word.strip())
+def ignored_names(
+    model: nn.Module, entries: Sequence[Entry], ignore: str | None
+) -> tuple[str, ...]:
+    """Names of the entries that the words of ``ignore``, such as "bias,norm", exclude."""
+    words = [word.strip() for word in (ignore or "").split(",") if word.strip()]
     for word in words:
         check_choice("each word of ignore", word, _IGNORED)
-    return words
-
-
-def ignored_names(
-    model: nn.Module, entries: Sequence[Entry], words: Sequence[str]
-) -> tuple[str, ...]:
-    """Names of the entries that ``words`` exclude: they do not move."""
     norms = {name for name, module in model.named_modules() if isinstance(module, _NORMS)}
 
     def stays(name: str) -> bool:

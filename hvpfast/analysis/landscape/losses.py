@@ -11,7 +11,7 @@ Any other module is called through torch.func.functional_call, one point at a ti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,6 +44,7 @@ class Losses:
         rows: directions (D, P) along the entries.
 
     Attributes:
+        dtype: floating-point type of the computation.
         points_at_once: how many points to give to one call; a function of sizes alone.
     """
 
@@ -73,6 +74,7 @@ class Losses:
             tensors = owners_of(entries)
         self._tensors, self._dtype = tensors, dtype
         self._center = torch.cat([self._cast(t).reshape(-1) for t in tensors])
+        self.dtype = self._center.dtype
         moves = Subset(entries, tensors).embed(rows.to(device, self._center.dtype))
         self._lines = torch.cat((self._center[None], moves))  # (1 + D, F)
         # a model that draws random numbers draws them from here, not from the caller's generators
@@ -81,21 +83,14 @@ class Losses:
         self._room = budget - self.batches.nbytes
         self.points_at_once = 1
         if self._spec is not None:
-            samples = min(_SAMPLES, max(batch.y.shape[0] for batch in self._checked_batches()))
-            self.points_at_once = max(1, _ELEMENTS // (samples * max(self._spec.sizes[1:])))
-
-    def _checked_batches(self) -> Iterator[Batch]:
-        assert self._spec is not None
-        for batch in self.batches:
-            x, y = check_batch(self._spec, self._center, batch.x, batch.y)
-            if self._spec.loss == "cross_entropy":
-                check_labels(self._spec, y)
-            yield Batch(x, y)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the computation."""
-        return self._center.dtype
+            samples = 0
+            for batch in self.batches:
+                _, y = check_batch(self._spec, self._center, batch.x, batch.y)
+                if self._spec.loss == "cross_entropy":
+                    check_labels(self._spec, y)
+                samples = max(samples, y.shape[0])
+            width = max(self._spec.sizes[1:])
+            self.points_at_once = max(1, _ELEMENTS // (min(_SAMPLES, samples) * width))
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of all parameters and buffers of the model, and of the data."""

@@ -56,7 +56,8 @@ def contour(
     count = len(named) + (pair is not None)
     figure = plotting.new_figure(4.3 * count + 0.7, 4.4)
     axes: list[Axes] = [figure.add_subplot(1, count, i + 1) for i in range(count)]
-    levels = _levels(norm)
+    spaced = np.geomspace if type(norm).__name__ == "LogNorm" else np.linspace
+    levels = spaced(norm.vmin, norm.vmax, _LEVELS + 1)
     for ax, (name, surface) in zip(axes, named.items(), strict=False):
         assert surface.y is not None
         x, y = surface.x.numpy(), surface.y.numpy()
@@ -181,11 +182,6 @@ def _norm(named: Mapping[str, Surface], scale: str, limit: float | None) -> tupl
     if scale == "log" or (scale == "auto" and low > 0 and high / low > _WIDE):
         return LogNorm(low, high), note
     return Normalize(low, high), note
-
-
-def _levels(norm: Any) -> Any:
-    spaced = np.geomspace if type(norm).__name__ == "LogNorm" else np.linspace
-    return spaced(norm.vmin, norm.vmax, _LEVELS + 1)
 
 
 def _shown(losses: Tensor, high: float) -> Any:

@@ -94,10 +94,9 @@ def load(path: str | os.PathLike[str]) -> Surface:
             arrays = {name: archive[name] for name in archive.files if name != "settings"}
         if settings.pop("format") != _FORMAT:
             raise ValueError("it has another format")
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
         center_loss = float(tensors.pop("center_loss"))
-        return Surface(y=tensors.pop("y", None), center_loss=center_loss, settings=settings,
-                       **tensors)  # fmt: skip
+        return Surface(center_loss=center_loss, settings=settings, **{"y": None, **tensors})
     except FileNotFoundError:
         raise
     except Exception as error:

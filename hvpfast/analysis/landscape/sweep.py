@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hvpfast.analysis.landscape.directions import (
-    NORMALIZE,
-    directions_of,
-    ignored_names,
-    ignored_words,
-    unit_text,
-)
+from hvpfast.analysis.landscape.directions import NORMALIZE, directions_of, ignored_names, unit_text
 from hvpfast.analysis.landscape.losses import Losses
 from hvpfast.analysis.landscape.surface import Surface, load
 from hvpfast.backends.probes.source import fresh_seed
@@ -170,8 +164,7 @@ def _sweep(
         raise ValueError("seed is for random directions; drop it, or drop the given directions")
     if given is None and seed is None:
         seed = fresh_seed() if stored is None or stored.seed is None else stored.seed
-    words = ignored_words(ignore) if given is None or normalize is not None else ()
-    still = ignored_names(model, entries, words)
+    still = ignored_names(model, entries, ignore if given is None or normalize else None)
     rows = directions_of(len(axes), given, entries, normalize, seed, still)
     losses = Losses(model, loss_fn, data, reduction, dtype, entries, rows)
     rows = rows.to(losses.dtype)

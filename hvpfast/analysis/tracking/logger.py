@@ -220,7 +220,8 @@ class CurvatureLogger:
         if self._file is None:
             raise ValueError("the log is closed")
         start = time.monotonic()
-        seed = _seed_of(self._seed, self._steps)
+        digest = hashlib.sha256(f"{self._seed}/{self._steps}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "big") >> 1  # 63 bits for every step
         with _eval_mode(self._model), torch.enable_grad():
             found = self._measure(seed)
         self._cost = time.monotonic() - start
@@ -234,7 +235,9 @@ class CurvatureLogger:
             **found,
         }
         line = {name: _finite(value) for name, value in line.items()}
-        _write_all(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
+        content = (json.dumps(line, allow_nan=False) + "\n").encode()
+        while content:
+            content = content[os.write(self._file, content) :]
         self._last, self._skipped = self._steps, 0
         return line
 
@@ -283,11 +286,6 @@ def _heal(path: Path, resume: bool) -> int:
     return int(lines[-1]["step"]) if lines else -1
 
 
-def _write_all(file: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(file, content) :]
-
-
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """A context with all modules in eval mode; it restores the mode of each."""
@@ -299,11 +297,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _seed_of(seed: int, step: int) -> int:
-    """A seed of 63 bits for one step."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
 
 
 def _finite(value: Any) -> Any:
