@@ -28,18 +28,14 @@ from hvpfast.utils.torch_private import AnyNorm
 
 NORMALIZE = ("filter", "layer", None)
 _IGNORED = ("bias", "norm")
-_NORMS = tuple(
-    kind
-    for kind in (AnyNorm, nn.LayerNorm, nn.GroupNorm, getattr(nn, "RMSNorm", None))
-    if kind is not None
-)
+_NORMS = (AnyNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _PARALLEL = 1e-6  # sine of the angle below which two directions span no plane
 
 
 def ignored_names(
     model: nn.Module, entries: Sequence[Entry], ignore: str | None
 ) -> tuple[str, ...]:
-    """Names of the entries that the words of ``ignore``, such as "bias,norm", exclude."""
+    """Names of the entries that do not move: those of the words of ``ignore``, as "bias,norm"."""
     words = [word.strip() for word in (ignore or "").split(",") if word.strip()]
     for word in words:
         check_choice("each word of ignore", word, _IGNORED)

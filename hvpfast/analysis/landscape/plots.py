@@ -52,8 +52,9 @@ def contour(
     """
     named = _complete(surfaces, planes=True)
     norm, note = _norm(named, scale, limit)
-    pair = _difference(named, difference)
-    count = len(named) + (pair is not None)
+    if difference is not None:
+        _check_difference(named, difference)
+    count = len(named) + (difference is not None)
     figure = plotting.new_figure(4.3 * count + 0.7, 4.4)
     axes: list[Axes] = [figure.add_subplot(1, count, i + 1) for i in range(count)]
     spaced = np.geomspace if type(norm).__name__ == "LogNorm" else np.linspace
@@ -66,8 +67,8 @@ def contour(
         ax.contour(x, y, shown, levels[::3], colors="white", linewidths=0.5, alpha=0.6)
         _panel(ax, surface, f"{name}   (center {surface.center_loss:.4g})")
     _color_bar(figure, axes[: len(named)], norm, _MAP, "loss", "max" if note else "neither")
-    if pair is not None:
-        _draw_difference(figure, axes[-1], named, pair)
+    if difference is not None:
+        _draw_difference(figure, axes[-1], named, difference)
     _captions(figure, named, note)
     return figure
 
@@ -216,11 +217,7 @@ def _color_bar(
     bar.ax.tick_params(labelsize=8, labelcolor=plotting.INK)
 
 
-def _difference(
-    named: Mapping[str, Surface], names: tuple[str, str] | None
-) -> tuple[str, str] | None:
-    if names is None:
-        return None
+def _check_difference(named: Mapping[str, Surface], names: tuple[str, str]) -> None:
     for name in names:
         if name not in named:
             raise ValueError(f"difference must name two of {', '.join(named)}; got {name!r}")
@@ -228,7 +225,6 @@ def _difference(
     assert a.y is not None and b.y is not None
     if not torch.equal(a.x, b.x) or not torch.equal(a.y, b.y):
         raise ValueError(f"{names[0]} and {names[1]} have different grids and no difference")
-    return names
 
 
 def _draw_difference(

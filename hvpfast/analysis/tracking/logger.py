@@ -281,8 +281,7 @@ def _heal(path: Path, resume: bool) -> int:
             f"{path} exists: pass resume=True to go on with it, or choose another path"
         )
     lines = read_log(path)
-    text = path.read_bytes()
-    os.truncate(path, text.rfind(b"\n") + 1)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return int(lines[-1]["step"]) if lines else -1
 
 
