@@ -172,12 +172,12 @@ class HessianLRAdaptation(Optimizer):
                 state, grad = self.state[p], p.grad
                 assert grad is not None
                 earlier = before.get(p) if secant else state.get("previous")
-                if secant and earlier is not None:
-                    x = p - state["previous"]
-                    if "x2" not in state:
-                        state["x2"] = torch.zeros_like(p)
-                    state["x2"].mul_(self.beta).addcmul_(x, x, value=1 - self.beta)
                 if earlier is not None:
+                    if secant:
+                        x = p - state["previous"]
+                        if "x2" not in state:
+                            state["x2"] = torch.zeros_like(p)
+                        state["x2"].mul_(self.beta).addcmul_(x, x, value=1 - self.beta)
                     yield p, grad - earlier
                 now = p if secant else grad
                 state.setdefault("previous", torch.empty_like(now)).copy_(now)

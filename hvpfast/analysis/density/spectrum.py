@@ -215,14 +215,12 @@ class SpectralDensity:
             ax = plotting.new_figure(6.4, 4.2).add_subplot()
         figure: Any = ax.figure
         plotting.frame(ax)
-        u = curve.coordinate.numpy()
+        u, mean = curve.coordinate.numpy(), curve.density.numpy()
         if self.num_probes > 1:
             band = f"{curve.confidence:.0%} band over {self.num_probes} probes"
             lower, upper = curve.lower.numpy(), curve.upper.numpy()
             ax.fill_between(u, lower, upper, color=plotting.COLORS[0], alpha=0.25, lw=0, label=band)
-        ax.plot(
-            u, curve.density.numpy(), color=plotting.COLORS[0], lw=1.6, label="mean over probes"
-        )
+        ax.plot(u, mean, color=plotting.COLORS[0], lw=1.6, label="mean over probes")
         if exact is not None:
             smooth = _smoothed(exact, curve).numpy()
             ax.plot(u, smooth, color=plotting.INK, lw=1.0, ls="--", label="exact eigenvalues")

@@ -99,9 +99,8 @@ def _measured(
         difference -= lanczos.residual_rows(S)
         noise = np.maximum(_norms(difference), floor)
     else:
-        signs = probe_rows(
-            ProbeSource(1, "rademacher", lanczos.seed, 2**30), len(theta), torch.float64
-        )
+        source = ProbeSource(1, "rademacher", lanczos.seed, 2**30)
+        signs = probe_rows(source, len(theta), torch.float64)
         g = signs[0].numpy() / np.maximum(size, floor or 1.0)
         g /= np.linalg.norm(g)
         difference = products.rows(basis.combine((S @ g)[None])).to(rows.dtype)

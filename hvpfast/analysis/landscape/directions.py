@@ -57,8 +57,9 @@ def directions_of(
     still: Sequence[str],
 ) -> Tensor:
     """Directions (D, P) in float64 on the CPU."""
-    places = _slices_of(entries)
-    size = places[-1][1].stop
+    stops = list(itertools.accumulate(entry.numel for entry in entries))
+    places = list(zip(entries, map(slice, [0, *stops], stops), strict=True))
+    size = stops[-1]
     fixed = [part for entry, part in places if entry.name in still]
     if given is None:
         assert seed is not None
@@ -71,7 +72,7 @@ def directions_of(
         raise ValueError(f"ignore leaves nothing to move: {', '.join(still)} are all there is")
     if normalize is not None:
         center = torch.cat([entry.values() for entry in entries]).double().cpu()
-        return _normalised(rows, center, entries, normalize)
+        return _normalised(rows, center, places, normalize)
     rows = _orthogonal(rows)
     return rows if given is not None else rows / rows.norm(dim=1, keepdim=True)
 
@@ -86,24 +87,19 @@ def _given_rows(given: Tensor | Sequence[Tensor], count: int, size: int) -> Tens
     return torch.stack(rows)
 
 
-def _slices_of(entries: Sequence[Entry]) -> list[tuple[Entry, slice]]:
-    """The entries with their parts of the flat vector."""
-    stops = list(itertools.accumulate(entry.numel for entry in entries))
-    parts = map(slice, [0, *stops], stops)
-    return list(zip(entries, parts, strict=True))
-
-
-def _normalised(rows: Tensor, center: Tensor, entries: Sequence[Entry], normalize: str) -> Tensor:
+def _normalised(
+    rows: Tensor, center: Tensor, places: Sequence[tuple[Entry, slice]], normalize: str
+) -> Tensor:
     """Directions (D, P) with the norms of the parameters (P,) and right angles, by groups.
 
     Args:
         rows: float64 directions.
         center: float64 parameters.
-        entries: of the flat vector.
+        places: the entries with their parts of the flat vector.
         normalize: ``"filter"`` or ``"layer"``.
     """
     out = torch.empty_like(rows)
-    for entry, part in _slices_of(entries):
+    for entry, part in places:
         filters = entry.shape[0] if normalize == "filter" and len(entry.shape) > 1 else 1
         filters = 1 if filters == entry.numel else filters
         shape = (filters, entry.numel // filters)

@@ -184,7 +184,6 @@ def _sweep(
         checks = {**losses.checksums(), "directions": _digest(rows), "grid": _digest(*axes)}
         settings["checksums"] = checks
     if stored is None:
-        center_loss = float(losses(torch.zeros(1, len(axes), dtype=torch.float64))[0])
         shape = tuple(len(axis) for axis in axes)
         stored = Surface(
             losses=torch.full(shape, math.nan, dtype=torch.float64),
@@ -192,7 +191,7 @@ def _sweep(
             x=axes[0],
             y=axes[1] if len(axes) > 1 else None,
             directions=rows.T.contiguous(),
-            center_loss=center_loss,
+            center_loss=float(losses(torch.zeros(1, len(axes), dtype=torch.float64))[0]),
             settings=settings,
         )
     else:
