@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvpfast.bench.providers.base import KINDS, Prepared, Provider
+from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.jax_jit import JaxJit
 from hvpfast.bench.providers.ours import Autograd, Functional
 from hvpfast.bench.providers.torch_compile import TorchCompile
@@ -27,4 +27,4 @@ _ALL: tuple[Provider, ...] = (
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 
-__all__ = ["KINDS", "PROVIDERS", "Prepared", "Provider"]
+__all__ = ["PROVIDERS", "Prepared", "Provider"]

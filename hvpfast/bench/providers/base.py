@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hvpfast.bench.cases import Array, Problem
-
-# graphed: recorded once as a CUDA graph and replayed; plain: an unpenalised training step
-KINDS = ("ours", "eager", "compiled", "graphed", "plain")
+from hvpfast.bench.providers import torch_common as common
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,18 @@ class Prepared:
 
 
 class Provider(Protocol):
-    """One library or one way of using it."""
+    """One library or one way of using it.
+
+    Kinds: ours, eager, compiled; graphed, recorded once as a CUDA graph and replayed; plain, an
+    unpenalised training step.
+    """
 
     name: str
     kind: str
 
     def unavailable(self, device: str = "cpu") -> str | None:
         """None when it can run here on ``device`` ("cpu" or "cuda"), otherwise the reason."""
+        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         """Names of the forms that compute the operation; empty when there is none."""

@@ -12,14 +12,14 @@ from typing import Any
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers import transforms
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 
 
 def _jax() -> Any:
     return importlib.import_module("jax")
 
 
-class JaxJit:
+class JaxJit(Provider):
     """``jax.jit`` of the whole function."""
 
     name = "jax"
@@ -42,7 +42,7 @@ class JaxJit:
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        return transforms.forms("penalty" if operation == "train_step" else operation, num_tangents)
+        return transforms.forms(operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         jax = _jax()
@@ -51,11 +51,9 @@ class JaxJit:
         device = jax.devices(problem.device)[0]
         V = problem.layout(operation, transforms.split_form(form)[1] == "vmap")
         arguments = jax.device_put((problem.params, problem.x, problem.y, V), device)
-        # On the CPU dispatch is synchronous; a GPU's calls are queued and waited for.
-        wait = None if problem.device == "cpu" else jax.block_until_ready
         run = functools.partial(
             _run,
-            operation="penalty" if operation == "train_step" else operation,
+            operation=operation,
             form=form,
             num_tangents=problem.num_tangents,
             activation=problem.case.activation,
@@ -67,9 +65,9 @@ class JaxJit:
             call = _warm(jax, form, problem.case.activation, arguments)
         else:
             call = functools.partial(jax.jit(run), *arguments)
-        if wait is not None:
-            return Prepared(call, outputs, wait=wait)
-        return Prepared(lambda: jax.block_until_ready(call()), outputs)
+        if problem.device == "cpu":  # dispatch is synchronous; a GPU's calls are queued
+            return Prepared(lambda: jax.block_until_ready(call()), outputs)
+        return Prepared(call, outputs, wait=jax.block_until_ready)
 
 
 def mlp_loss(params: tuple[Any, ...], x: Any, y: Any, activation: str) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,16 +11,30 @@ import hvpfast as hf
 from hvpfast.backends import choose
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, PROBE_SEED, Array, Problem
 from hvpfast.bench.providers import torch_common as common
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.torch_eager import step_outputs
 from hvpfast.bench.providers.torch_plain import flat_model, sequential_model
 from hvpfast.utils import cuda_graph
 
 RECORDED = ("cuda", "triton", "triton_tf32x3")  # backends whose work is timed as a CUDA graph too
+# By operation; two layouts of the parameters where it is not among them.
+FORMS = {
+    "penalty": ("flat", "layers", "flat drawn"),
+    "penalty_normal": ("flat drawn", "layers drawn", "flat given"),
+    "train_step": ("flat rademacher fused", "flat normal fused"),
+}
+RECORDED_FORMS = {
+    "hvp": ("flat captured",),
+    "train_step": ("flat rademacher captured", "flat normal captured"),
+}
+AUTOGRAD_FORMS = {
+    "penalty": ("MLP", "Sequential"),
+    "penalty_normal": ("MLP drawn", "Sequential drawn"),
+    "train_step": ("MLP rademacher fused", "Sequential rademacher fused", "MLP normal fused"),
+}
 
 
 def spec_of(problem: Problem) -> hf.MLPSpec:
-    """The problem's network with mean cross-entropy."""
     return hf.MLPSpec(problem.case.sizes, problem.case.activation)
 
 
@@ -31,21 +43,7 @@ def columns(rows: Array, device: str = "cpu") -> Tensor:
     return torch.tensor(rows, device=device).T
 
 
-def _outputs(operation: str) -> Callable[[Any], dict[str, Array]]:
-    if operation in ("hvp", "hvp_warm"):
-        return lambda out: {"hvp": np.ascontiguousarray(common.array(out).T)}
-    names = {"quadratic": ("quadratic",), "gradient": ("loss", "gradient")}.get(
-        operation, ("loss", "penalty", "gradient")
-    )
-
-    def named(out: Any) -> dict[str, Array]:
-        values = (out,) if len(names) == 1 else out
-        return {name: common.array(value) for name, value in zip(names, values, strict=True)}
-
-    return named
-
-
-class Functional:
+class Functional(Provider):
     """``hf.linearize`` and what follows it; no autograd.
 
     Forms: parameters ``flat`` (P,) or ``layers`` [W_1, b_1, ...]; ``drawn`` has the library draw
@@ -58,9 +56,7 @@ class Functional:
         self.backend, self.name = backend, f"ours-{backend}"
 
     def unavailable(self, device: str = "cpu") -> str | None:
-        reason = hf.available().get(self.backend, f"there is no backend {self.backend!r}")
-        reason = reason or common.no_device(device)
-        if reason is not None:
+        if reason := hf.available()[self.backend] or super().unavailable(device):
             return reason
         try:
             choose(self.backend, hf.MLPSpec((2, 2)), torch.device(device), torch.float32)
@@ -69,21 +65,8 @@ class Functional:
         return None
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        forms = self._plain_forms(operation)
-        if self.backend not in RECORDED:
-            return forms
-        if operation == "train_step":
-            return (*forms, "flat rademacher captured", "flat normal captured")
-        return (*forms, "flat captured") if operation == "hvp" else forms
-
-    def _plain_forms(self, operation: str) -> tuple[str, ...]:
-        if operation == "penalty":
-            return ("flat", "layers", "flat drawn")
-        if operation == "penalty_normal":
-            return ("flat drawn", "layers drawn", "flat given")
-        if operation == "train_step":
-            return ("flat rademacher fused", "flat normal fused")
-        return ("flat", "layers")
+        recorded = RECORDED_FORMS.get(operation, ()) if self.backend in RECORDED else ()
+        return (*FORMS.get(operation, ("flat", "layers")), *recorded)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         if operation == "train_step":
@@ -92,70 +75,45 @@ class Functional:
         if form.startswith("layers"):
             params = list(common.tensors(problem.params, problem.device))
         _, x, y = common.inputs(problem)
-        spec, backend = spec_of(problem), self.backend
-        V = columns(problem.tangents(operation), problem.device)
-        call: Callable[[], Any]
-        if form.endswith("captured"):
-            return Prepared(
-                hf.CapturedHVP(spec, params, x, y, V, backend=backend), _outputs(operation)
-            )
-        if operation == "gradient":
-
-            def call() -> Any:
-                lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
-                return lin.loss, lin.grad
-
-        elif operation == "hvp":
-
-            def call() -> Any:
-                return hf.hvp(hf.linearize(spec, params, x, y, backend=backend, order=2), V)
-
-        elif operation == "hvp_warm":
-            lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
-
-            def call() -> Any:
-                return hf.hvp(lin, V)
-
-        elif operation == "quadratic":
-
-            def call() -> Any:
-                lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
-                return hf.quadratic_form(lin, V)
-
-        else:
-            return self._penalty(form, operation, problem, params, x, y, V)
-        return Prepared(call, _outputs(operation))
-
-    def _penalty(
-        self,
-        form: str,
-        operation: str,
-        problem: Problem,
-        params: Any,
-        x: Tensor,
-        y: Tensor,
-        V: Tensor,
-    ) -> Prepared:
         spec, backend, K = spec_of(problem), self.backend, problem.num_tangents
-        if not form.endswith("drawn"):
+        V = columns(problem.tangents(operation), problem.device)
+        outputs = common.named_outputs(operation)
+        if form.endswith("captured"):
+            return Prepared(hf.CapturedHVP(spec, params, x, y, V, backend=backend), outputs)
+        if operation == "hvp_warm":
+            lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+            return Prepared(lambda: hf.hvp(lin, V), outputs)
 
-            def given() -> Any:
-                lin = hf.linearize(spec, params, x, y, backend=backend)
-                return hf.penalty(lin, V, weights=PENALTY_WEIGHTS)
+        def gradient() -> Any:
+            lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+            return lin.loss, lin.grad
 
-            return Prepared(given, _outputs(operation))
+        def hvp() -> Any:
+            return hf.hvp(hf.linearize(spec, params, x, y, backend=backend, order=2), V)
+
+        def quadratic() -> Any:
+            lin = hf.linearize(spec, params, x, y, backend=backend, order=2)
+            return hf.quadratic_form(lin, V)
+
+        def given_penalty() -> Any:
+            lin = hf.linearize(spec, params, x, y, backend=backend)
+            return hf.penalty(lin, V, weights=PENALTY_WEIGHTS)
+
         normal = operation == "penalty_normal"
         distribution = "normal" if normal else "rademacher"
         seeds = iter(range(PROBE_SEED, 2**62)) if normal else None
 
-        def drawn() -> Any:
+        def drawn_penalty() -> Any:
             seed = PROBE_SEED if seeds is None else next(seeds)
             lin = hf.linearize(spec, params, x, y, backend=backend)
             return hf.penalty(
                 lin, num_probes=K, distribution=distribution, seed=seed, weights=PENALTY_WEIGHTS
             )
 
-        return Prepared(drawn, _outputs(operation), drawn=normal)
+        if form.endswith("drawn"):
+            return Prepared(drawn_penalty, outputs, drawn=normal)
+        calls = {"gradient": gradient, "hvp": hvp, "quadratic": quadratic}
+        return Prepared(calls.get(operation, given_penalty), outputs)
 
     def _train_step(self, form: str, problem: Problem) -> Prepared:
         """The penalised gradient written to ``.grad`` of the one flat parameter, then Adam."""
@@ -200,7 +158,7 @@ class Functional:
         return Prepared(step, step_outputs, distribution == "normal", restore)
 
 
-class Autograd:
+class Autograd(Provider):
     """``hf.hessian_penalty(...)`` followed by ``backward()``, as a training loop has it.
 
     Forms: ``MLP`` is hvpfast.MLP with its one flat parameter, ``Sequential`` an ordinary module.
@@ -210,18 +168,10 @@ class Autograd:
     kind = "ours"
 
     def unavailable(self, device: str = "cpu") -> str | None:
-        if not hasattr(hf, "hessian_penalty"):
-            return "this version of hvpfast has no hessian_penalty"
-        return hf.available()["cpu"] if device == "cpu" else common.no_device(device)
+        return hf.available()["cpu"] if device == "cpu" else super().unavailable(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        if operation == "penalty":
-            return ("MLP", "Sequential")
-        if operation == "penalty_normal":
-            return ("MLP drawn", "Sequential drawn")
-        if operation == "train_step":
-            return ("MLP rademacher fused", "Sequential rademacher fused", "MLP normal fused")
-        return ()
+        return AUTOGRAD_FORMS.get(operation, ())
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         model: nn.Module = (

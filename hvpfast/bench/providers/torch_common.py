@@ -31,7 +31,6 @@ def tensors(arrays: Sequence[Array], device: str = "cpu") -> tuple[Tensor, ...]:
 
 
 def inputs(problem: Problem) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """params, x, y."""
     x, y = tensors((problem.x, problem.y), problem.device)
     return tensors(problem.params, problem.device), x, y
 
@@ -68,20 +67,23 @@ def array(value: Any) -> Array:
     return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
-def flat(parts: Sequence[Any]) -> Array:
-    """Arrays shaped like the parameters as one vector (P,)."""
+def flat(parts: Any) -> Array:
+    """Arrays shaped like the parameters, or a flat tensor, as one vector (P,)."""
+    if isinstance(parts, Tensor):
+        return array(parts)
     return np.concatenate([array(p).ravel() for p in parts])
 
 
 def rows(found: Any) -> Array:
-    """A list of K trees, or a tree of stacked arrays, as (K, P)."""
+    """A list of K trees, a tree of stacked arrays, or a tensor (P, K), as (K, P)."""
+    if isinstance(found, Tensor):
+        return np.ascontiguousarray(array(found).T)
     if isinstance(found, list):
         return np.stack([flat(tree) for tree in found])
     return np.concatenate([array(leaf).reshape(len(leaf), -1) for leaf in found], axis=1)
 
 
 def scalar(value: Any) -> Array:
-    """A scalar as a 0-dim array."""
     return np.asarray(float(value.detach() if isinstance(value, Tensor) else value))
 
 

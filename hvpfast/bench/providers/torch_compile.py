@@ -14,7 +14,7 @@ from torch import Tensor
 from hvpfast.bench.cases import Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers import transforms
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.torch_eager import train_step
 from hvpfast.bench.providers.torch_func import arguments_of, evaluate, options_of
 
@@ -24,14 +24,14 @@ TRIAL_SECONDS = 600
 TRIAL_CALLS = 20
 
 
-class TorchCompile:
+class TorchCompile(Provider):
     """``torch.compile(fullgraph=True)``; the first call compiles."""
 
     name = "torch-compile"
     kind = "compiled"
 
     def unavailable(self, device: str = "cpu") -> str | None:
-        if reason := common.no_device(device):
+        if reason := super().unavailable(device):
             return reason
         if os.name == "nt":
             return "torch.compile for CPU tensors needs a C++ compiler set up by hand on Windows"
@@ -41,7 +41,7 @@ class TorchCompile:
         # A compiled function keeps nothing between its calls, so there is no warm form.
         if operation == "hvp_warm":
             return ()
-        return transforms.forms("penalty" if operation == "train_step" else operation, num_tangents)
+        return transforms.forms(operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         if problem.device == "cpu":
@@ -50,10 +50,8 @@ class TorchCompile:
 
 
 def compiled(form: str, operation: str, problem: Problem) -> Prepared:
-    """The form compiled as a function of all its inputs."""
     arguments = arguments_of(problem, form, operation)
-    differentiated = "penalty" if operation == "train_step" else operation
-    options = options_of(problem, form, differentiated)
+    options = options_of(problem, form, operation)
 
     def whole(params: Any, x: Tensor, y: Tensor, V: Any) -> Any:
         return evaluate(params, x, y, V, **options)

@@ -12,21 +12,18 @@ from torch import Tensor
 
 from hvpfast.bench.cases import ADAM, PENALTY_WEIGHTS, Problem
 from hvpfast.bench.providers import torch_common as common
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 
 # Untyped in torch.
 forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
 Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
-class TorchEager:
+class TorchEager(Provider):
     """Reverse mode twice (or three times) on one graph; with K tangents looped over or batched."""
 
     name = "torch-eager"
     kind = "eager"
-
-    def unavailable(self, device: str = "cpu") -> str | None:
-        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         batched = ("double backward batched",) if num_tangents > 1 else ()

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvpfast.bench.cases import PENALTY_WEIGHTS, Problem
 from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers import transforms
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 
 T = torch.func
 
@@ -50,7 +50,6 @@ def arguments_of(problem: Problem, form: str, operation: str) -> tuple[Any, ...]
 
 
 def options_of(problem: Problem, form: str, operation: str) -> dict[str, Any]:
-    """What :func:`evaluate` takes besides tensors."""
     return {
         "operation": operation,
         "form": form,
@@ -59,17 +58,12 @@ def options_of(problem: Problem, form: str, operation: str) -> dict[str, Any]:
     }
 
 
-class TorchFunc:
-    """torch.func transforms run eagerly."""
-
+class TorchFunc(Provider):
     name = "torch-func"
     kind = "eager"
 
-    def unavailable(self, device: str = "cpu") -> str | None:
-        return common.no_device(device)
-
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
-        return transforms.forms(operation, num_tangents)
+        return () if operation == "train_step" else transforms.forms(operation, num_tangents)
 
     def prepare(self, form: str, operation: str, problem: Problem) -> Prepared:
         arguments = arguments_of(problem, form, operation)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from hvpfast.bench.cases import Problem
-from hvpfast.bench.providers import torch_common as common
 from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.torch_compile import TorchCompile
 from hvpfast.bench.providers.torch_eager import TorchEager
@@ -23,7 +22,7 @@ _RECORDED: dict[str, Provider] = {
 }
 
 
-class TorchGraphs:
+class TorchGraphs(Provider):
     """Every form of torch-eager, torch-func and torch-compile that starts cold, replayed."""
 
     name = "torch-graphs"
@@ -32,7 +31,7 @@ class TorchGraphs:
     def unavailable(self, device: str = "cpu") -> str | None:
         if device == "cpu":
             return "CUDA graphs record work on a GPU"
-        return common.no_device(device)
+        return super().unavailable(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         if operation == "hvp_warm":  # autograd goes back on the stream of the primal passes

@@ -10,7 +10,7 @@ from torch import nn
 
 from hvpfast.bench.cases import ADAM, Problem
 from hvpfast.bench.providers import torch_common as common
-from hvpfast.bench.providers.base import Prepared
+from hvpfast.bench.providers.base import Prepared, Provider
 from hvpfast.bench.providers.torch_compile import own_code
 from hvpfast.bench.providers.torch_eager import step_outputs
 from hvpfast.mlp.module import MLP
@@ -23,14 +23,11 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
 _MODULES = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
 
-class TorchPlain:
+class TorchPlain(Provider):
     """zero_grad, forward, cross-entropy, backward, Adam step; nothing penalised."""
 
     name = "torch-plain"
     kind = "plain"
-
-    def unavailable(self, device: str = "cpu") -> str | None:
-        return common.no_device(device)
 
     def forms(self, operation: str, num_tangents: int) -> tuple[str, ...]:
         if operation != "train_step":
@@ -61,7 +58,6 @@ class TorchPlain:
 
 
 def sequential_model(problem: Problem) -> nn.Sequential:
-    """An ordinary nn.Sequential holding copies of the problem's parameters."""
     sizes, layers = problem.case.sizes, list[nn.Module]()
     values = common.tensors(problem.params, problem.device)
     for i, (d_in, d) in enumerate(itertools.pairwise(sizes)):
@@ -72,7 +68,6 @@ def sequential_model(problem: Problem) -> nn.Sequential:
 
 
 def flat_model(problem: Problem) -> MLP:
-    """hvpfast.MLP, one flat parameter, holding a copy of the problem's parameters."""
     model = MLP(
         problem.case.sizes,
         problem.case.activation,

@@ -31,13 +31,11 @@ def forms(operation: str, num_tangents: int) -> tuple[str, ...]:
     """Forms of an operation: modes x mappings; no mapping in the name when there is one tangent."""
     if operation == "gradient":
         return ("grad",)
-    modes: tuple[str, ...] = {
+    modes = {
         "hvp": MODES,
         "hvp_warm": ("linearize", "vjp"),
         "quadratic": (*MODES, "jvp(jvp)"),
-        "penalty": (*MODES, "grad(jvp(jvp))"),
-        "penalty_normal": (*MODES, "grad(jvp(jvp))"),
-    }.get(operation, ())
+    }.get(operation, (*MODES, "grad(jvp(jvp))"))
     mappings = ("",) if num_tangents == 1 else (" vmap", " loop")
     return tuple(mode + mapping for mode in modes for mapping in mappings)
 
