@@ -8,6 +8,7 @@ float64 truth see the same numbers.
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,8 +47,7 @@ class Case:
 
     @property
     def num_params(self) -> int:
-        """P: weights and biases of all layers."""
-        return sum(d * (d_in + 1) for d_in, d in itertools.pairwise(self.sizes))
+        return sum(map(math.prod, self.shapes))
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -110,7 +110,7 @@ class Problem:
 
     def split(self, row: Array) -> tuple[Array, ...]:
         """One row (P,) as contiguous arrays shaped like the parameters."""
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.case.shapes])
+        ends = np.cumsum([math.prod(shape) for shape in self.case.shapes])
         pieces = np.split(row, ends[:-1])
         return tuple(
             np.ascontiguousarray(p.reshape(s))
@@ -129,31 +129,17 @@ class Problem:
 
     def astype(self, dtype: str) -> Problem:
         """The same numbers in another dtype (exact towards float64)."""
-
-        def cast(array: Array) -> Array:
-            return array.astype(dtype)
-
-        return replace(
-            self,
-            dtype=dtype,
-            params=tuple(cast(p) for p in self.params),
-            x=cast(self.x),
-            rademacher=cast(self.rademacher),
-            normal=cast(self.normal),
-        )
+        numbers: dict[str, Any] = {
+            name: getattr(self, name).astype(dtype) for name in ("x", "rademacher", "normal")
+        }
+        params = tuple(p.astype(dtype) for p in self.params)
+        return replace(self, dtype=dtype, params=params, **numbers)
 
 
 def build(case: Case, num_tangents: int, dtype: str = "float32", device: str = "cpu") -> Problem:
     """Draw a case: nn.Linear's initial distribution, standard normal inputs, uniform labels.
 
-    Args:
-        case: the case.
-        num_tangents: K >= 1.
-        dtype: one of ``DTYPES``.
-        device: "cpu" or "cuda".
-
-    Returns:
-        The problem, the same on every machine and in every process.
+    The same on every machine and in every process.
     """
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
     params = []

@@ -20,7 +20,6 @@ BUDGET_HELP = "of timing per cell; rounds are cut to fit (default: %(default)s)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench`` to a parser."""
     default = Settings()
     for name, known, all_of in (
         ("cases", list(KNOWN_CASES), CASES),
@@ -59,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run or show a benchmark.
-
-    Returns:
-        The exit status: 1 when a form of ours failed or was wrong, 130 when interrupted, else 0.
-    """
+    """The exit status is 1 when a form of ours failed or was wrong, 130 after Ctrl-C, else 0."""
     if arguments.run_suite is not None:
         status: int = arguments.run_suite(arguments)
         return status
@@ -87,7 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``hvpfast bench`` as a function of its arguments; returns the exit status."""
     parser = argparse.ArgumentParser(prog="hvpfast bench", description=DESCRIPTION)
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -24,22 +24,15 @@ from hvpfast.bench.cases import Case
 
 @dataclass(frozen=True)
 class Macs:
-    """MACs paid once per point and per tangent."""
-
     once: float
     per_tangent: float
 
     def total(self, num_tangents: int) -> float:
-        """MACs of one call with K tangents."""
         return self.once + num_tangents * self.per_tangent
 
 
 def schedules(case: Case, operation: str) -> dict[str, Macs]:
     """Every known schedule of an operation by name, first that of automatic differentiation.
-
-    Args:
-        case: network and batch.
-        operation: one of ``cases.OPERATIONS``.
 
     Raises:
         ValueError: the operation is unknown.
@@ -80,7 +73,8 @@ def minimal(case: Case, operation: str, num_tangents: int) -> tuple[str, float]:
 def minimal_bytes(case: Case, operation: str, num_tangents: int, itemsize: int) -> float:
     """Bytes of inputs read once and results written once: the least traffic of a cold call."""
     inputs = case.num_params + case.num_samples * case.sizes[0]
-    given = 0 if operation in ("gradient", "penalty_normal") else num_tangents * case.num_params
-    results = {"hvp": num_tangents * case.num_params, "hvp_warm": num_tangents * case.num_params}
-    written = 0 if operation == "quadratic" else results.get(operation, case.num_params)
+    products = num_tangents * case.num_params
+    given = 0 if operation in ("gradient", "penalty_normal") else products
+    results = {"hvp": products, "hvp_warm": products, "quadratic": 0}
+    written = results.get(operation, case.num_params)
     return float(itemsize * (inputs + given + written) + 8 * case.num_samples)

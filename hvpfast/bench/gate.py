@@ -33,22 +33,18 @@ class Verdict:
     reason: str = ""
 
 
-def truth(operation: str, problem: Problem) -> dict[str, Array]:
-    """Outputs by reverse mode on reverse mode in the problem's dtype, one probe at a time."""
+def truth(operation: str, problem: Problem, *, plain: bool = False) -> dict[str, Array]:
+    """Outputs by reverse mode on reverse mode in the problem's dtype, one probe at a time.
+
+    A ``plain`` training step is that of the loss alone.
+    """
+    if operation == "train_step":
+        found = truth("gradient" if plain else "penalty", problem)
+        return {**found, "params": adam_step(problem.flat(), found["gradient"])}
     eager, exact = TorchEager(), "triple backward, per probe"
-    if operation != "train_step":
-        form = exact if operation.startswith("penalty") else eager.forms(operation, 1)[0]
-        prepared = eager.prepare(form, operation, problem)
-        return prepared.outputs(prepared.call())
-    prepared = eager.prepare(exact, "penalty", problem)
-    found = prepared.outputs(prepared.call())
-    return {**found, "params": adam_step(problem.flat(), found["gradient"])}
-
-
-def plain_truth(problem: Problem) -> dict[str, Array]:
-    """Gradient of the loss alone and the parameters after one Adam step."""
-    found = truth("gradient", problem)
-    return {**found, "params": adam_step(problem.flat(), found["gradient"])}
+    form = exact if operation.startswith("penalty") else eager.forms(operation, 1)[0]
+    prepared = eager.prepare(form, operation, problem)
+    return prepared.outputs(prepared.call())
 
 
 def adam_step(params: Array, gradient: Array) -> Array:
@@ -61,19 +57,19 @@ class Gate:
 
     def __init__(self, problem: Problem, operation: str) -> None:
         self.problem, self.operation = problem, operation
-        self._truths: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
+        self._truths: dict[bool, tuple[dict[str, Array], dict[str, Array]]] = {}
         self._samples: tuple[Array, dict[str, Array]] | None = None
 
     def truths(self, kind: str) -> tuple[dict[str, Array], dict[str, Array]]:
         """(float64, dtype of the run) outputs; a plain training step has its own."""
-        key = "plain" if kind == "plain" else "penalised"
-        if key not in self._truths:
-            exact = _truth_of(key, self.operation, self.problem.astype("float64"))
+        plain = kind == "plain"
+        if plain not in self._truths:
+            exact = truth(self.operation, self.problem.astype("float64"), plain=plain)
             same = exact
             if self.problem.dtype != "float64":
-                same = _truth_of(key, self.operation, self.problem)
-            self._truths[key] = exact, same
-        return self._truths[key]
+                same = truth(self.operation, self.problem, plain=plain)
+            self._truths[plain] = exact, same
+        return self._truths[plain]
 
     def judge(self, prepared: Prepared, kind: str) -> Verdict:
         """Run the form once (or repeatedly, when it draws its probes) and judge its outputs."""
@@ -125,10 +121,6 @@ class Gate:
         return self._samples
 
 
-def _truth_of(key: str, operation: str, problem: Problem) -> dict[str, Array]:
-    return plain_truth(problem) if key == "plain" else truth(operation, problem)
-
-
 def _statistics(found: Mapping[str, Array], direction: Array) -> dict[str, float]:
     """The gradient along ``direction``, and the loss and penalty where they are returned."""
     scalars = {name: float(found[name]) for name in ("loss", "penalty") if name in found}
@@ -141,16 +133,9 @@ def compare(
     same_dtype: Mapping[str, Array],
     dtype: str,
 ) -> Verdict:
-    """The error rule for every output that is found.
+    """The error rule for every output that is found; ``same_dtype`` is torch's, in ``dtype``.
 
-    Args:
-        found: outputs of a provider.
-        exact: float64 outputs.
-        same_dtype: outputs of torch in ``dtype``.
-        dtype: dtype of the run, whose eps enters the rule.
-
-    Returns:
-        The verdict; a missing or non-finite output, or a wrong shape, is an error of infinity.
+    A missing or non-finite output, or a wrong shape, is an error of infinity.
     """
     eps = float(np.finfo(dtype).eps)
     errors: dict[str, tuple[float, float]] = {}

@@ -22,9 +22,7 @@ _LANES = {
 def nominal(device: dict[str, Any], dtype: str) -> tuple[float | None, str]:
     """Peak GFLOP/s outside the matrix units at the highest clock, and how it was found.
 
-    Args:
-        device: the record of :func:`hvpfast.lab.environment.gpu_with_clocks`.
-        dtype: "float32" or "float64".
+    ``device`` is the record of :func:`hvpfast.lab.environment.gpu_with_clocks`.
     """
     lanes = _LANES[dtype].get(device["capability"])
     clock = re.match(r"(\d+) MHz", str(device.get("clocks.max.sm", "")))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+from hvpfast.bench.record import cells_of, timed
+from hvpfast.bench.tables import Row
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,14 @@ MARKS = (
     Mark("784-128-128-10-n60000", 1, "hvp_warm", "floor", 1.5, "cuda"),
 )
 AT_MOST = ("plain", "gradient", "floor")
-_PEERS = {
-    "compiled": ("compiled",),
-    "eager": ("eager",),
-    "peer": ("compiled", "eager", "graphed"),
+# Which rows of the cell our time is compared with; of the case's gradients for "gradient".
+_RIVALS: dict[str, Callable[[Row], bool]] = {
+    "compiled": lambda row: row["kind"] == "compiled",
+    "eager": lambda row: row["kind"] == "eager",
+    "peer": lambda row: row["kind"] in ("compiled", "eager", "graphed"),
+    "torch-compile": lambda row: row["provider"] == "torch-compile",
+    "plain": lambda row: row["kind"] == "plain" and not row["form"].startswith("compiled"),
+    "gradient": lambda row: row["kind"] == "eager",
 }
 # Providers that marks are about. Probes are those of the peers; normal ones the library draws.
 FUNCTIONAL, AUTOGRAD = "ours-cpu", "ours-autograd"
@@ -66,8 +71,7 @@ ENGINES = (FUNCTIONAL, *ON_GPU)
 
 
 def _fastest(rows: Iterable[Row]) -> Row | None:
-    timed = [row for row in rows if row["status"] == "timed"]
-    return min(timed, key=lambda row: float(row["median_s"])) if timed else None
+    return next(iter(timed(rows)), None)
 
 
 def _eligible(row: Row, provider: str, operation: str) -> bool:
@@ -84,9 +88,6 @@ def _eligible(row: Row, provider: str, operation: str) -> bool:
 def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Every mark whose cell was run, with what was reached.
 
-    Args:
-        rows: of a record.
-
     Returns:
         One dict per mark and provider of ours (the functional one, and the one by autograd where it
         has the operation): ``case, num_tangents, operation, against, wanted, provider, form, rival,
@@ -96,20 +97,19 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
     rows = list(rows)
     found = []
     for mark in MARKS:
-        cell = [
-            row
-            for row in rows
-            if (row["case"], row["num_tangents"], row["operation"])
-            == (mark.case, mark.num_tangents, mark.operation)
-            and row.get("device", "cpu") == mark.device
-        ]
+        here = (mark.case, mark.device)
+        of_case = [row for row in rows if (row["case"], row.get("device", "cpu")) == here]
+        wanted = (mark.num_tangents, mark.operation)
+        cell = [row for row in of_case if (row["num_tangents"], row["operation"]) == wanted]
         if not cell:
             continue
         both = mark.operation in ("penalty", "penalty_normal", "train_step")
         ways = (FUNCTIONAL, AUTOGRAD) if both else (FUNCTIONAL,)
         for provider in ON_GPU if mark.device == "cuda" else ways:
             ours = _fastest(row for row in cell if _eligible(row, provider, mark.operation))
-            rivals = _gradients(mark, rows) if mark.against == "gradient" else cell
+            rivals = cell
+            if mark.against == "gradient":
+                rivals = [row for row in of_case if row["operation"] == "gradient"]
             found.append(_reached(mark, provider, ours, rivals))
     return found
 
@@ -117,20 +117,14 @@ def judge(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def judge_memory(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Peak memory of ours against reverse-mode differentiation, cell by cell.
 
-    Args:
-        rows: of a record.
-
     Returns:
         One dict per cell where both were measured: ``case, num_tangents, operation, form, ours,
         rival_form, rival, met``; bytes of the fastest timed form of ``ours-cpu`` and of the
         torch-eager form that needs least.
     """
-    cells: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["memory"] and "first" in row["memory"]:
-            cells.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
+    measured = (row for row in rows if row["memory"] and "first" in row["memory"])
     found = []
-    for (case, K, operation), cell in cells.items():
+    for (case, K, operation), cell in cells_of(measured).items():
         ours = _fastest(row for row in cell if row["provider"] == FUNCTIONAL)
         eager = [row for row in cell if row["provider"] == "torch-eager"]
         if ours is None or not eager:
@@ -151,57 +145,25 @@ def judge_memory(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _reached(mark: Mark, provider: str, ours: Row | None, cell: list[Row]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "case": mark.case,
-        "num_tangents": mark.num_tangents,
-        "operation": mark.operation,
-        "against": mark.against,
-        "wanted": mark.wanted,
-        "provider": provider,
-        "form": ours and ours["form"],
-        "rival": None,
-        "reached": None,
-        "met": None,
-    }
+def _reached(mark: Mark, provider: str, ours: Row | None, rivals: list[Row]) -> dict[str, Any]:
+    result = {**asdict(mark), "provider": provider, "form": ours and ours["form"]}
+    result |= dict.fromkeys(("rival", "reached", "met"))
+    del result["device"]
     if ours is None:
         return {**result, "reason": f"{provider} was not timed"}
     if mark.against == "peak":
-        if ours["peak_fraction"] is None:
+        if (reached := ours["peak_fraction"]) is None:
             return {**result, "reason": "the peak was not measured"}
-        reached = float(ours["peak_fraction"])
-        return {**result, "reached": reached, "met": reached >= mark.wanted}
-    if mark.against == "floor":
+    elif mark.against == "floor":
         if ours["arithmetic_floor_s"] is None:
             return {**result, "reason": "the peak is not known"}
-        reached = float(ours["median_s"]) / float(ours["arithmetic_floor_s"])
-        return {**result, "reached": reached, "met": reached <= mark.wanted}
-    if mark.against == "plain":
-        rival = _fastest(row for row in cell if row["kind"] == "plain" and not _compiled(row))
-    elif mark.against == "gradient":
-        rival = _fastest(cell)
-    elif mark.against == "torch-compile":
-        rival = _fastest(row for row in cell if row["provider"] == "torch-compile")
+        reached = ours["median_s"] / ours["arithmetic_floor_s"]
     else:
-        rival = _fastest(row for row in cell if row["kind"] in _PEERS[mark.against])
-    if rival is None:
-        return {**result, "reason": f"no row of kind {mark.against} was timed"}
-    result["rival"] = f"{rival['provider']}: {rival['form']}"
-    ratio = float(rival["median_s"]) / float(ours["median_s"])
-    if mark.against in AT_MOST:
-        return {**result, "reached": 1 / ratio, "met": 1 / ratio <= mark.wanted}
-    return {**result, "reached": ratio, "met": ratio >= mark.wanted}
-
-
-def _gradients(mark: Mark, rows: Iterable[Row]) -> list[Row]:
-    """torch's own gradients of the mark's case, run eagerly, on its device."""
-    return [
-        row
-        for row in rows
-        if (row["case"], row["operation"], row["kind"]) == (mark.case, "gradient", "eager")
-        and row.get("device", "cpu") == mark.device
-    ]
-
-
-def _compiled(row: Row) -> bool:
-    return str(row["form"]).startswith("compiled")
+        rival = _fastest(filter(_RIVALS[mark.against], rivals))
+        if rival is None:
+            return {**result, "reason": f"no row of kind {mark.against} was timed"}
+        result["rival"] = f"{rival['provider']}: {rival['form']}"
+        ratio = rival["median_s"] / ours["median_s"]
+        reached = 1 / ratio if mark.against in AT_MOST else ratio
+    met = reached <= mark.wanted if mark.against in AT_MOST else reached >= mark.wanted
+    return {**result, "reached": reached, "met": met}

@@ -131,9 +131,7 @@ class Cell:
     def time(self, rounds: int, tick: Callable[[int], None] = lambda done: None) -> None:
         """Time the forms that are left in interleaved rounds, and release them.
 
-        Args:
-            rounds: rounds, each with one turn per form.
-            tick: called after every round with the number of rounds done.
+        ``tick`` is called after every round with the number of rounds done.
         """
         disturbance = timing.Disturbance()
         times = timing.interleave(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,7 @@ COPY_BYTES = 256 * 2**20  # far beyond any last-level cache
 def fma_gflops(threads: int, dtype: str, seconds: float = 0.2) -> tuple[float | None, str]:
     """Peak GFLOP/s of fused multiply-adds on registers, the best of three, and where it comes from.
 
-    Args:
-        threads: threads that run at once.
-        dtype: "float32" or "float64".
-        seconds: time of one measurement.
-
-    Returns:
-        (GFLOP/s or None, source); None with the reason where the extension is missing.
+    None, and the reason, where the extension is missing. ``seconds``: of one measurement.
     """
     try:
         extension = importlib.import_module("hvpfast.backends._cpu")
@@ -47,6 +42,13 @@ def copy_gbytes(repeats: int = 5) -> float:
     return 2 * COPY_BYTES / best / 1e9
 
 
+def rate(macs: float, seconds: float | None, limits: Mapping[str, Any]) -> dict[str, float | None]:
+    """GFLOP/s of so many multiply-adds, and the share of the peak; None where they are unknown."""
+    gflops = 2 * macs / seconds / 1e9 if seconds else None
+    peak = limits["fma_gflops_all"]
+    return {"gflops": gflops, "peak_fraction": gflops / peak if gflops and peak else None}
+
+
 def limits(device: str, threads: int, dtype: str, *, quick: bool) -> dict[str, Any]:
     """The limits of the device that a run is on, as a record; ``quick`` measures for less time."""
     if device != "cpu":
@@ -55,7 +57,6 @@ def limits(device: str, threads: int, dtype: str, *, quick: bool) -> dict[str, A
 
 
 def measure(threads: int, dtype: str, seconds: float = 0.2) -> dict[str, Any]:
-    """The measured limits as a record: one thread, ``threads`` threads, memory."""
     one, source = fma_gflops(1, dtype, seconds)
     every, _ = (one, source) if threads == 1 else fma_gflops(threads, dtype, seconds)
     return {

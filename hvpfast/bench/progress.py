@@ -20,7 +20,6 @@ class Progress:
         self.live = bool(getattr(self.stream, "isatty", lambda: False)())
 
     def start(self, label: str) -> None:
-        """The next cell."""
         self.cell, self.label = self.cell + 1, label
         if not self.live:
             print(f"[{self.cell}/{self.cells}] {label}", file=self.stream, flush=True)
@@ -32,6 +31,5 @@ class Progress:
             print(f"\r\x1b[K{line[:110]}", end="", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Leave the line clean."""
         if self.live:
             print("\r\x1b[K", end="", file=self.stream, flush=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hvpfast.bench.tables import Row
 from hvpfast.lab.environment import timing_conditions
 from hvpfast.utils.files import write_whole
 
@@ -17,23 +18,41 @@ BROKEN = ("wrong", "failed")  # the status of a row whose form is not as it shou
 
 
 def add_out(parser: argparse.ArgumentParser, *, figure: bool = False) -> None:
-    """Add the option ``--out``, the folder of the record."""
     files = "bench.json, bench.txt and bench.png" if figure else "bench.json and bench.txt"
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {files}")
 
 
 def head(suite: str) -> dict[str, Any]:
-    """The first entries of a suite's record."""
     return {"suite": suite, "command": command_line(), "environment": timing_conditions()}
 
 
-def broken(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a form failed or was wrong."""
+def broken(rows: Iterable[Row]) -> bool:
     return any(row["status"] in BROKEN for row in rows)
 
 
+def cells_of(rows: Iterable[Row]) -> dict[tuple[str, int, str], list[Row]]:
+    """Rows by (case, K, operation), in order of appearance."""
+    found: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
+    return found
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """Those that were timed, fastest first."""
+    found = (row for row in rows if row["status"] == "timed")
+    return sorted(found, key=lambda row: float(row["median_s"]))
+
+
+def fastest_forms(rows: Iterable[Row]) -> list[Row]:
+    """The fastest timed form of each provider, fastest first."""
+    best: dict[str, Row] = {}
+    for row in timed(rows):
+        best.setdefault(row["provider"], row)
+    return list(best.values())
+
+
 def failure(error: Exception) -> dict[str, Any]:
-    """What a row says of a form that broke."""
     reason = f"{type(error).__name__}: {error}"[:500]
     return {"status": "failed", "reason": reason, "median_s": None}
 
@@ -44,7 +63,7 @@ def finite(value: float) -> float | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """``content`` as JSON by :func:`write_whole`; NaN and infinity are refused."""
+    """By :func:`write_whole`; NaN and infinity are refused."""
     write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -62,7 +81,6 @@ def publish(content: Any, text: str, folder: Path | None) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a record."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 

@@ -6,24 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hvpfast.bench import tables
 from hvpfast.bench.marks import AT_MOST, ENGINES, judge, judge_memory
-from hvpfast.bench.record import BROKEN
-from hvpfast.bench.tables import duration, number
+from hvpfast.bench.record import BROKEN, cells_of, fastest_forms
+from hvpfast.bench.tables import Row, duration, number
 
-Row = Mapping[str, Any]
-Cell = tuple[str, int, str]
 DISTURBED = 0.05  # cores used by other processes; a quiet machine shows less
 COLOURS = {"ours": "#c44e52", "eager": "#4c72b0", "compiled": "#55a868", "graphed": "#8172b2",
            "plain": "#8c8c8c", "loop": "#c44e52"}  # fmt: skip
-
-
-def cells_of(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
-    """Rows by (case, K, operation), in order of appearance."""
-    found: dict[Cell, list[Row]] = {}
-    for row in rows:
-        found.setdefault((row["case"], row["num_tangents"], row["operation"]), []).append(row)
-    return found
 
 
 def _gradients(rows: Iterable[Row]) -> dict[str, float]:
@@ -58,12 +50,7 @@ def fastest_first(rows: Iterable[Row]) -> list[Row]:
 
 
 def cell_table(rows: list[Row], gradient: float | None) -> str:
-    """One cell, fastest first.
-
-    Args:
-        rows: of the cell.
-        gradient: seconds of torch's gradient of the case, if it was timed.
-    """
+    """One cell, fastest first; ``gradient``: seconds of torch's gradient of the case, if timed."""
     ours = [r["median_s"] for r in rows if r["provider"] in ENGINES and r["status"] == "timed"]
     best = min(ours, default=None)
 
@@ -89,7 +76,6 @@ def _mebibytes(count: float) -> str:
 
 
 def marks_table(rows: Iterable[Row]) -> str:
-    """The marks whose cells were run."""
     found = judge(rows)
     return tables.fitted(MARKS, found) if found else "no mark is about the cells of this run"
 
@@ -136,11 +122,6 @@ def memory_table(rows: Iterable[Row]) -> str:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The whole record as text.
-
-    Args:
-        result: what ``run_bench`` returned, or the JSON of a record.
-    """
     environment, limits, rows = result["environment"], result["peak"], result["rows"]
     parts = [machine_line(environment, limits), limits_line(limits)]
     if (limits["disturbance"] or 0.0) > DISTURBED:
@@ -175,7 +156,6 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def machine_line(environment: Mapping[str, Any], limits: Mapping[str, Any]) -> str:
-    """What the rows were timed on."""
     if "gemm_gflops" in limits:
         device = environment["gpu"] or {"name": "a GPU", "driver_version": "unknown"}
         return (
@@ -209,10 +189,6 @@ def limits_line(limits: Mapping[str, Any]) -> str:
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """One panel per cell: the fastest form of each provider, median with quartiles, log scale.
 
-    Args:
-        result: the record.
-        path: image file, format by its suffix.
-
     Raises:
         RuntimeError: matplotlib is not installed, or nothing was timed.
     """
@@ -223,7 +199,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     panels = {
         cell: best
         for cell, rows in cells_of(result["rows"]).items()
-        if (best := _fastest_forms(rows))
+        if (best := fastest_forms(rows))
     }
     if not panels:
         raise RuntimeError("nothing was timed, so there is nothing to draw")
@@ -233,11 +209,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axis, ((case, K, operation), rows) in zip(axes, panels.items(), strict=False):
         places = range(len(rows))
-        medians = [r["median_s"] for r in rows]
-        spread = [
-            [r["median_s"] - r["q1_s"] for r in rows],
-            [r["q3_s"] - r["median_s"] for r in rows],
-        ]
+        medians, low, high = ([r[name] for r in rows] for name in ("median_s", "q1_s", "q3_s"))
+        spread = [np.subtract(medians, low), np.subtract(high, medians)]
         colours = [COLOURS[r["kind"]] for r in rows]
         axis.barh(places, medians, xerr=spread, color=colours, height=0.7, error_kw={"lw": 1})
         axis.set_yticks(list(places), [f"{r['provider']}\n{r['form']}" for r in rows], fontsize=6)
@@ -257,15 +230,3 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def _fastest_forms(rows: Iterable[Row]) -> list[Row]:
-    """The fastest timed form of each provider, fastest first."""
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row["status"] != "timed":
-            continue
-        known = best.get(row["provider"])
-        if known is None or row["median_s"] < known["median_s"]:
-            best[row["provider"]] = row
-    return sorted(best.values(), key=lambda r: float(r["median_s"]))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hvpfast.bench import memory, peak, record
@@ -31,13 +31,8 @@ MEASURED = ("status", "reason", "median_s", "q1_s", "q3_s", "min_s", "rounds", "
 def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
     """Run the cells and return the record; with ``settings.out`` it is written after every cell.
 
-    Args:
-        settings: what to run.
-        stream: where the progress line goes; stderr if None.
-
-    Returns:
-        {"environment", "command", "settings", "skipped", "interrupted", "seconds", "peak", "rows",
-        "marks"}. An interrupt (Ctrl-C) ends the run; the record holds the cells finished by then.
+    An interrupt (Ctrl-C) ends the run; the record holds the cells finished by then. The progress
+    line goes to ``stream``, stderr if None.
     """
     started = time.perf_counter()
     cells = settings.cells()
@@ -53,7 +48,7 @@ def run_bench(settings: Settings, stream: Any = None) -> dict[str, Any]:
                 if (case.name, K, operation) in done:
                     continue
                 result["rows"] += _cell(
-                    case, K, operation, providers, settings, result, progress, started
+                    case, K, operation, providers, settings, result["peak"], progress, started
                 )
                 _save(result, settings, earlier + time.perf_counter() - started)
         except KeyboardInterrupt:
@@ -89,7 +84,11 @@ def _begun(settings: Settings, skipped: dict[str, str]) -> dict[str, Any]:
     }
     path = settings.out / "bench.json" if settings.resume and settings.out else None
     if path is None or not path.exists():
-        return {**result, "peak": _limits(settings), "rows": []}
+        others = timing.Disturbance()
+        limits = peak.limits(
+            settings.device, settings.threads, settings.dtype, quick=settings.quick
+        )
+        return {**result, "peak": {**limits, "disturbance": others.share()}, "rows": []}
     stored = record.read_json(path)
     record.check_same(path, "settings", stored["settings"], result["settings"])
     record.check_same(path, "skipped providers", stored["skipped"], skipped)
@@ -122,15 +121,7 @@ def _threads(threads: int) -> Iterator[None]:
                 os.sched_setaffinity(0, cores)
 
 
-def _limits(settings: Settings) -> dict[str, Any]:
-    """The machine's limits, and how much of it others used while they were measured."""
-    disturbance = timing.Disturbance()
-    found = peak.limits(settings.device, settings.threads, settings.dtype, quick=settings.quick)
-    return {**found, "disturbance": disturbance.share()}
-
-
 def _usable(settings: Settings) -> tuple[list[Provider], dict[str, str]]:
-    """The providers that can run, and why the others cannot."""
     usable, skipped = list[Provider](), dict[str, str]()
     for name in settings.providers or tuple(PROVIDERS):
         reason = PROVIDERS[name].unavailable(settings.device)
@@ -149,11 +140,10 @@ def _cell(
     operation: str,
     providers: Sequence[Provider],
     settings: Settings,
-    result: dict[str, Any],
+    limits: dict[str, Any],
     progress: Progress,
     started: float,
 ) -> list[dict[str, Any]]:
-    """The rows of one cell, every form of every provider."""
     gate = Gate(build(case, num_tangents, settings.dtype, settings.device), operation)
     cell = Cell()
     for provider in providers:
@@ -161,7 +151,20 @@ def _cell(
         for form in forms[:QUICK_FORMS] if settings.quick else forms:
             key = f"{provider.name}: {form}"
             progress.say(f"checking {key}")
-            identity = _identity(case, num_tangents, operation, provider, form, settings)
+            identity = {
+                "case": case.name,
+                "sizes": list(case.sizes),
+                "activation": case.activation,
+                "num_samples": case.num_samples,
+                "num_tangents": num_tangents,
+                "operation": operation,
+                "provider": provider.name,
+                "kind": provider.kind,
+                "form": form,
+                "dtype": settings.dtype,
+                "threads": settings.threads,
+                "device": settings.device,
+            }
             if reason := settings.left_out(key, started):
                 cell.leave_out(identity, reason)
                 continue
@@ -174,53 +177,20 @@ def _cell(
     cell.time(rounds, lambda done: progress.say(f"round {done} of {rounds}"))
     rows = cell.rows(MEASURED)
     for row in rows:
-        _rate(row, case, settings, result["peak"])
+        _rate(row, case, settings, limits)
     if settings.memory:
-        for row in _remembered(rows):
-            progress.say(f"memory of {row['provider']}: {row['form']}")
-            row["memory"] = memory.measure(
-                case.name, num_tangents, settings.dtype, operation, row["provider"], row["form"],
-                settings.threads,
-            )  # fmt: skip
+        fastest = record.fastest_forms(rows)
+        for row in record.timed(rows):  # of other peers the fastest form alone
+            if row["kind"] == "ours" or row["provider"] == "torch-eager" or row in fastest:
+                progress.say(f"memory of {row['provider']}: {row['form']}")
+                row["memory"] = memory.measure(
+                    case.name, num_tangents, settings.dtype, operation, row["provider"],
+                    row["form"], settings.threads,
+                )  # fmt: skip
     return rows
 
 
-def _remembered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows whose memory is measured: all of ours and of torch-eager, else a provider's fastest."""
-    timed = sorted(
-        (row for row in rows if row["status"] == "timed"), key=lambda row: float(row["median_s"])
-    )
-    first = {row["provider"]: row["form"] for row in reversed(timed)}
-    return [
-        row
-        for row in timed
-        if row["kind"] == "ours"
-        or row["provider"] == "torch-eager"
-        or first[row["provider"]] == row["form"]
-    ]
-
-
-def _identity(
-    case: Case, K: int, operation: str, provider: Provider, form: str, settings: Settings
-) -> dict[str, Any]:
-    return {
-        "case": case.name,
-        "sizes": list(case.sizes),
-        "activation": case.activation,
-        "num_samples": case.num_samples,
-        "num_tangents": K,
-        "operation": operation,
-        "provider": provider.name,
-        "kind": provider.kind,
-        "form": form,
-        "dtype": settings.dtype,
-        "threads": settings.threads,
-        "device": settings.device,
-    }
-
-
 def _judged(provider: Provider, form: str, gate: Gate) -> tuple[Form, dict[str, Any], str]:
-    """Prepare one form and judge its first result: what :meth:`measure.Cell.check` takes."""
     start = time.perf_counter()
     prepared = provider.prepare(form, gate.operation, gate.problem)
     verdict = gate.judge(prepared, provider.kind)
@@ -234,12 +204,9 @@ def _rate(row: dict[str, Any], case: Case, settings: Settings, limits: dict[str,
     """Add minimal operations and bytes, their times at the measured limits, and the rate."""
     operation = "gradient" if row["kind"] == "plain" else row["operation"]
     K = row["num_tangents"]
-    schedule, macs = minimal(case, operation, K)
+    row["schedule"], macs = minimal(case, operation, K)
     moved = minimal_bytes(case, operation, K, 4 if settings.dtype == "float32" else 8)
-    row.update(schedule=schedule, macs=macs, bytes=moved, gflops=None, peak_fraction=None)
+    row.update(macs=macs, bytes=moved, **peak.rate(macs, row["median_s"], limits))
     row["traffic_floor_s"] = moved / limits["copy_gbytes_per_s"] / 1e9
     peak_rate = limits["fma_gflops_all"]
     row["arithmetic_floor_s"] = 2 * macs / peak_rate / 1e9 if peak_rate else None
-    if row["median_s"] is not None:
-        row["gflops"] = 2 * macs / row["median_s"] / 1e9
-        row["peak_fraction"] = row["gflops"] / peak_rate if peak_rate else None

@@ -23,12 +23,10 @@ class Settings:
         rounds: rounds per cell, fewer where ``budget`` seconds do not allow them (never below
             ``MIN_ROUNDS``).
         threads: threads for torch and hvpfast, and cores for XLA.
-        dtype: "float32" or "float64".
         memory: also measure peak memory, one process per form.
         quick: the tiny cases, few rounds, no torch.compile: a check that everything works.
         out: folder for record and figure, or None.
         resume: continue the record in ``out``, where there is one, after its last whole cell.
-        device: "cpu" or "cuda".
         forms: patterns as of file names for "provider: form"; empty means all. What they leave out
             has a row that says so.
         deadline: seconds after which no further form is started, or None; such forms have a row.
@@ -50,7 +48,6 @@ class Settings:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse unknown names and numbers out of range."""
         for what, names, allowed in (
             ("case", self.cases, tuple(KNOWN_CASES)),
             ("operation", self.operations, OPERATIONS),
@@ -76,20 +73,15 @@ class Settings:
             return f"the run's {self.deadline:g} s were spent"
         return None
 
-    def chosen_cases(self) -> list[Case]:
-        """The cases to run, in order."""
-        if self.cases:
-            return [KNOWN_CASES[name] for name in self.cases]
-        return list((QUICK_CASES if self.quick else CASES).values())
-
     def cells(self) -> list[tuple[Case, int, str]]:
         """(case, K, operation), operations in the order in which they are named.
 
         An operation without tangents is run for the first K only.
         """
+        names = self.cases or tuple(QUICK_CASES if self.quick else CASES)
         return [
             (case, K, operation)
-            for case in self.chosen_cases()
+            for case in map(KNOWN_CASES.__getitem__, names)
             for K in case.num_tangents
             for operation in self.operations or case.operations
             if operation in case.operations

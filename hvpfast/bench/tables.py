@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 Show = str | Callable[[Any], str]  # the row's entry of that name, or a function of the row
 Columns = Sequence[tuple[str, Show]]
 FixedColumns = Sequence[tuple[str, Show, str]]  # with the width as in a format, "28" or ">12"
