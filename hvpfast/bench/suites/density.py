@@ -24,6 +24,8 @@ from hvpfast.analysis.density.quadrature import spectral_density
 from hvpfast.analysis.density.spectrum import SpectralDensity, wasserstein
 from hvpfast.backends.probes.draw import probes
 from hvpfast.bench import record, tables
+from hvpfast.lab.data.mnist1d import mnist1d
+from hvpfast.lab.data.splits import generator
 from hvpfast.utils import plotting
 
 DESCRIPTION = "Distance of the spectral density to the exact spectrum, by steps and probes."
@@ -32,7 +34,6 @@ SHOWN = (80, 10)  # steps and probes of the density that is drawn, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench density`` to a parser."""
     add = parser.add_argument
     add("--steps", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160], help="%(default)s")
     add("--probes", type=int, nargs="+", default=[1, 10, 40], help="%(default)s")
@@ -44,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite.
-
-    Returns:
-        The exit status: 1 when the check against direct products failed, else 0.
-    """
+    """The exit status is 1 when the check against direct products failed, else 0."""
     steps, counts, seeds = arguments.steps, arguments.probes, arguments.seeds
     if arguments.quick:
         steps, counts, seeds, arguments.epochs, arguments.samples = [4, 8, 16], [1, 4], 1, 3, 2000
@@ -62,7 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
         left = [floor(exact, vectors, count, seed) / scale for seed in range(seeds)]
         for num_steps in steps:
             rows.append(cell(H, exact, scale, num_steps, count, seeds, left))
-            print(line(rows[-1]), flush=True)
+            print(
+                f"{num_steps} steps, {count} probes: distance {rows[-1]['distance']:.3g} of the "
+                f"largest |eigenvalue|, {rows[-1]['floor']:.2g} after all steps",
+                flush=True,
+            )
     result: dict[str, Any] = {
         **record.head("density"),
         "net": "-".join(map(str, SIZES)),
@@ -87,9 +88,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def trained(epochs: int, samples: int) -> tuple[hf.MLP, tuple[Tensor, Tensor]]:
     """The net after training by Adam, and its train data, in float32."""
-    from hvpfast.lab.data.mnist1d import mnist1d
-    from hvpfast.lab.data.splits import generator
-
     split = mnist1d(samples, 0.2, 0, torch.float32).train
     model = hf.MLP(SIZES, "relu", generator=generator(0, "density", "init"))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -134,7 +132,6 @@ def cell(
     seeds: int,
     left: list[float],
 ) -> dict[str, Any]:
-    """Distances over seeds for one number of steps and probes."""
     distances, seconds = [], []
     for seed in range(seeds):
         start = time.perf_counter()
@@ -154,16 +151,7 @@ def cell(
     }
 
 
-def line(row: dict[str, Any]) -> str:
-    """One cell, as it is printed while the suite runs."""
-    return (
-        f"{row['num_steps']} steps, {row['num_probes']} probes: distance {row['distance']:.3g} of "
-        f"the largest |eigenvalue|, {row['floor']:.2g} after all steps"
-    )
-
-
 def render(result: dict[str, Any]) -> str:
-    """The record as text."""
     spectrum = result["spectrum"]
     head = (
         f"{result['net']} on MNIST-1D, {result['samples']} samples, loss {result['loss']:.4g}: "

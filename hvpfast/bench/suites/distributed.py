@@ -33,8 +33,8 @@ from hvpfast.operators.distributed import shard
 
 DESCRIPTION = "Products over processes, each with a shard of the data, against one process."
 
-# name: (widths, activation, samples, tangents)
-CASES: dict[str, tuple[tuple[int, ...], str, int, int]] = {
+Case = tuple[tuple[int, ...], str, int, int]  # widths, activation, samples, tangents
+CASES: dict[str, Case] = {
     "784-128-128-10 N=16384 K=8": ((784, 128, 128, 10), "sigmoid", 16384, 8),
     "784-128-128-10 N=16384 K=1": ((784, 128, 128, 10), "sigmoid", 16384, 1),
     "784-128-128-10 N=2048 K=8": ((784, 128, 128, 10), "sigmoid", 2048, 8),
@@ -45,7 +45,6 @@ TURN_SECONDS = 0.05  # of calls under the clock, at least one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench distributed`` to a parser."""
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes (default: %(default)s)")
     add("--threads", type=int, help="of all ranks together (default: the usable cores)")
@@ -55,11 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Start the ranks, print what they measured, and record it.
-
-    Returns:
-        The exit status: 1 when a rank failed or a result was wrong, else 0.
-    """
+    """The exit status is 1 when a rank failed or a result was wrong, else 0."""
     threads = arguments.threads or usable_cores()
     settings = {
         "threads": max(arguments.ranks, threads),
@@ -70,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
         path = Path(folder) / "rows.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc-per-node={arguments.ranks}", "-m", __name__, str(path)]
+        packages = filter(None, [str(checkout()), os.environ.get("PYTHONPATH", "")])
+        variables = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(packages)}
         busy = Disturbance()
-        done = subprocess.run([*command, json.dumps(settings)], env=_environment())
+        done = subprocess.run([*command, json.dumps(settings)], env=variables)
         if done.returncode or not path.exists():
             print("a rank failed; its output is above", file=sys.stderr)
             return 1
@@ -85,13 +82,6 @@ def run(arguments: argparse.Namespace) -> int:
     }
     record.publish(result, render(result), arguments.out)
     return int(any(row["status"] != "timed" for row in rows))
-
-
-def _environment() -> dict[str, str]:
-    """The environment of the ranks, with this package on the path."""
-    package = str(checkout())
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
-    return {"OMP_NUM_THREADS": "1"} | dict(os.environ) | {"PYTHONPATH": path}
 
 
 def _milliseconds(name: str) -> tables.Show:
@@ -110,7 +100,6 @@ COLUMNS: tables.FixedColumns = (
 
 
 def render(result: dict[str, Any]) -> str:
-    """The record as a table."""
     ranks, threads = result["ranks"], result["threads"]
     lines = [
         f"{ranks} ranks with {threads // ranks} threads each, gloo, against 1 process with "
@@ -130,28 +119,22 @@ def render(result: dict[str, Any]) -> str:
 # What every rank does.
 
 
-def worker(path: Path, settings: dict[str, Any]) -> None:
-    """Measure all cases; the first rank writes the rows."""
+def main() -> None:
+    """What torchrun starts: all cases are measured, and the first rank writes the rows."""
+    path, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     dist.init_process_group("gloo")
     try:
         rows = []
         for name, case in (QUICK_CASES if settings["quick"] else CASES).items():
-            rows += measure(name, *case, settings)
+            rows += measure(name, case, settings)
         if dist.get_rank() == 0:
             record.write_json(path, rows)
     finally:
         dist.destroy_process_group()
 
 
-def measure(
-    name: str,
-    sizes: tuple[int, ...],
-    activation: str,
-    samples: int,
-    tangents: int,
-    settings: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The rows of one case."""
+def measure(name: str, case: Case, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    sizes, activation, samples, tangents = case
     g = torch.Generator().manual_seed(0)
     model, loss = hf.MLP(sizes, activation, generator=g), nn.CrossEntropyLoss()
     data = (
@@ -187,8 +170,8 @@ def measure(
         seconds = take_turns(forms, settings)
         medians = {form: statistics.median(times) for form, times in seconds.items()}
         count = samples * (1 if operation == "gradient" else tangents)
-        row |= {"status": "timed", **medians, "rate": count / medians["ranks"], "seconds": seconds}
-        rows.append(row)
+        rate = count / medians["ranks"]
+        rows.append({**row, "status": "timed", **medians, "rate": rate, "seconds": seconds})
     return rows
 
 
@@ -236,11 +219,6 @@ def turn(call: Callable[[], Any], inner: int) -> float:
     for _ in range(inner):
         call()
     return (time.perf_counter() - start) / inner
-
-
-def main() -> None:
-    """What torchrun starts."""
-    worker(Path(sys.argv[1]), json.loads(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Found:
-    """What a solver gives: eigenvalues, vectors as columns (P, k), products made."""
+    """What a solver gives; vectors are columns, (P, k)."""
 
     values: Array
     vectors: torch.Tensor
@@ -82,7 +81,7 @@ def _torch_arpack(net: Trained, k: int) -> Found:
     return _arpack(len(flat), k, product)
 
 
-def _curvlinops() -> ModuleType:
+def _curvlinops() -> Any:
     with warnings.catch_warnings():  # of packages that it imports
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module("curvlinops")

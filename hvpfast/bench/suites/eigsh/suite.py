@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 import hvpfast as hf
-from hvpfast.analysis.eigen.result import EigenResult
 from hvpfast.analysis.eigen.solver import eigsh
 from hvpfast.bench import record, tables
 from hvpfast.bench.measure import torch_threads
@@ -192,21 +191,14 @@ def sweep(k: int, quick: bool) -> dict[str, Any]:
         model = net.model
         H = hf.HessianOperator(model, LOSS, None, data)
         cold = eigsh(H, k, tol=TOL, seed=SEED)
-        warm: EigenResult | None = None
+        row: dict[str, Any] = {"weight_decay": decay, "loss": net.loss, "cold": cold.num_matvecs}
+        row |= dict.fromkeys(("warm", "eigenvalue_difference"))
         if last is not None:
             warm = eigsh(H, k, tol=TOL, seed=SEED, V0=last)
+            difference = float((warm.eigenvalues / cold.eigenvalues - 1).abs().max())
+            row |= {"warm": warm.num_matvecs, "eigenvalue_difference": difference}
         last = cold.eigenvectors
-        rows.append(
-            {
-                "weight_decay": decay,
-                "loss": net.loss,
-                "cold": cold.num_matvecs,
-                "warm": None if warm is None else warm.num_matvecs,
-                "eigenvalue_difference": None
-                if warm is None
-                else float((warm.eigenvalues / cold.eigenvalues - 1).abs().max()),
-            }
-        )
+        rows.append(row)
     return {"k": k, "rows": rows}
 
 
@@ -214,20 +206,17 @@ def sweep(k: int, quick: bool) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench eigsh``."""
-    known = ", ".join(CASES)
-    parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=[], metavar="CASE", help=f"of {known}"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--quick", action="store_true", help="tiny nets, one round")
-    parser.add_argument("--no-sweep", action="store_true", help="leave out the warm starts")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the record")
+    add, known = parser.add_argument, ", ".join(CASES)
+    add("--cases", nargs="+", choices=CASES, default=[], metavar="CASE", help=f"of {known}")
+    add("--rounds", type=int, default=5, help="default: %(default)s")
+    add("--threads", type=int, default=usable_cores())
+    add("--quick", action="store_true", help="tiny nets, one round")
+    add("--no-sweep", action="store_true", help="leave out the warm starts")
+    add("--out", type=Path, metavar="DIR", help="folder for the record")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure; returns 1 where a result of ours was wrong, else 0."""
+    """Measure; the exit status is 1 where a result of ours was wrong, else 0."""
     quick = arguments.quick
     cases = QUICK_CASES if quick else {n: CASES[n] for n in arguments.cases or CASES}
     rounds = 1 if quick else arguments.rounds
@@ -251,9 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The record as text."""
-    text = [render_row(row) for row in result["rows"]]
-    return "\n".join([*text, *(render_sweep(found) for found in result["sweeps"])])
+    return "\n".join([*map(render_row, result["rows"]), *map(render_sweep, result["sweeps"])])
 
 
 SOLVERS: tables.FixedColumns = (
@@ -274,7 +261,6 @@ STARTS: tables.FixedColumns = (
 
 
 def render_row(row: dict[str, Any]) -> str:
-    """One case as a table."""
     lines = [
         f"{row['text']}: P = {row['num_params']:,}, k = {row['k']}, loss {row['loss']:.3g}; "
         f"unrestarted Lanczos takes {row['least_products']} products",
@@ -292,10 +278,11 @@ def render_row(row: dict[str, Any]) -> str:
 
 
 def render_sweep(found: dict[str, Any]) -> str:
-    """One sweep as a table."""
-    lines = [f"sweep of weight decays, k = {found['k']}: products"]
-    lines.append(f"  {tables.fixed_head(STARTS)}")
-    lines += [f"  {tables.fixed_line(STARTS, row)}" for row in found["rows"]]
+    lines = [
+        f"sweep of weight decays, k = {found['k']}: products",
+        f"  {tables.fixed_head(STARTS)}",
+        *(f"  {tables.fixed_line(STARTS, row)}" for row in found["rows"]),
+    ]
     pairs = [(row["cold"], row["warm"]) for row in found["rows"] if row["warm"] is not None]
     share = sum(warm for _, warm in pairs) / sum(cold for cold, _ in pairs)
     lines.append(f"  warm starts take {share:.0%} of the products of cold ones")

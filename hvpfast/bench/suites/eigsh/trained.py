@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import itertools
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hvpfast as hf
+from hvpfast.lab.data.mnist1d import make_mnist1d
+from hvpfast.mlp.spec import ACTIVATION_TABLE
 
 SEED = 0
 
@@ -33,19 +35,16 @@ class Trained:
     accuracy: float
 
 
-def _optional(name: str, distribution: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise RuntimeError(
-            f"this case needs {distribution}, which cannot be imported ({error}): "
-            "pip install 'hvpfast[bench]'"
-        ) from error
-
-
 def digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits, 8 x 8 pixels in [0, 1] interpolated to 28 x 28."""
-    data = _optional("sklearn.datasets", "scikit-learn").load_digits()
+    try:
+        datasets: Any = importlib.import_module("sklearn.datasets")
+    except ImportError as error:
+        raise RuntimeError(
+            f"this case needs scikit-learn, which cannot be imported ({error}): "
+            "pip install 'hvpfast[bench]'"
+        ) from error
+    data = datasets.load_digits()
     small = torch.from_numpy(data.images / 16.0)[:, None]
     large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False)
     return large.reshape(-1, 784).float(), torch.from_numpy(data.target).long()
@@ -64,8 +63,6 @@ def shifted_digits(count: int, most: int = 3) -> tuple[Tensor, Tensor]:
 
 def mnist1d(num_samples: int) -> tuple[Tensor, Tensor]:
     """The train part, four fifths, of MNIST-1D with ``num_samples`` samples of 40 numbers."""
-    from hvpfast.lab.data.mnist1d import make_mnist1d
-
     made = make_mnist1d(num_samples)
     return torch.as_tensor(made["x"]).float(), torch.as_tensor(made["y"]).long()
 
@@ -114,8 +111,6 @@ def train(
 
 
 def _sequential(sizes: tuple[int, ...], activation: str, flat: Tensor) -> nn.Sequential:
-    from hvpfast.mlp.spec import ACTIVATION_TABLE
-
     _, kind, options = ACTIVATION_TABLE[activation]
     layers: list[nn.Module] = []
     for d_in, d in itertools.pairwise(sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,30 +32,23 @@ def forms(problem: Problem, operation: str) -> dict[tuple[str, str, bool], Prepa
     """(provider, form, whether it is exact) -> what prepares its call."""
     K, gradient = problem.num_tangents, operation == "gradient"
     table: dict[tuple[str, str, bool], Prepare] = {
-        ("hvpfast", "exact", True): functools.partial(_ours, problem, gradient, "exact"),
-        ("hvpfast", f"{K} probes", False): functools.partial(_ours, problem, gradient, "probes"),
+        ("hvpfast", "exact", True): partial(_ours, problem, gradient, "exact"),
+        ("hvpfast", f"{K} probes", False): partial(_ours, problem, gradient, "probes"),
     }
     if gradient:
-        for what in ("exact", "probes"):
-            name = "exact, autograd" if what == "exact" else f"{K} probes, autograd"
-            table["hvpfast", name, what == "exact"] = functools.partial(_autograd, problem, what)
+        table["hvpfast", "exact, autograd", True] = partial(_autograd, problem, "exact")
+        table["hvpfast", f"{K} probes, autograd", False] = partial(_autograd, problem, "probes")
+    products = "penalty" if gradient else "hvp"
     small = problem.case.num_params <= MOST_DENSE
-    for form in transforms.forms("penalty" if gradient else "hvp", K):
-        table["jax", f"{K} probes, {form}", False] = functools.partial(
-            _jax, problem, gradient, form
-        )
+    for form in transforms.forms(products, K):
+        table["jax", f"{K} probes, {form}", False] = partial(_jax, problem, gradient, form)
     if small:
-        table["jax", "dense hessian", True] = functools.partial(_jax, problem, gradient, "dense")
-        table["torch", "dense torch.func.hessian", True] = functools.partial(
-            _dense, problem, gradient
-        )
-    eager = PROVIDERS["torch-eager"]
-    for form in eager.forms("penalty" if gradient else "hvp", K):
-        table["torch", f"{K} probes, {form}", False] = functools.partial(
-            _eager, problem, gradient, form
-        )
+        table["jax", "dense hessian", True] = partial(_jax, problem, gradient, "dense")
+        table["torch", "dense torch.func.hessian", True] = partial(_dense, problem, gradient)
+    for form in PROVIDERS["torch-eager"].forms(products, K):
+        table["torch", f"{K} probes, {form}", False] = partial(_eager, problem, gradient, form)
     if not gradient and small:
-        table["hvpfast", "identity columns", True] = functools.partial(_columns, problem)
+        table["hvpfast", "identity columns", True] = partial(_columns, problem)
     return table
 
 
@@ -152,8 +146,7 @@ def _eager(problem: Problem, gradient: bool, form: str) -> tuple[Callable[[], An
 
 
 def _jax(problem: Problem, gradient: bool, form: str) -> tuple[Callable[[], Any], Outputs]:
-    reason = PROVIDERS["jax"].unavailable()
-    if reason is not None:
+    if reason := PROVIDERS["jax"].unavailable():
         raise RuntimeError(reason)
     jax: Any = importlib.import_module("jax")
     K, stacked = problem.num_tangents, form.endswith("vmap")

@@ -27,7 +27,6 @@ MEASURED = ("errors", "status", "reason", "median_s", "q1_s", "q3_s", "inner")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench exact`` to a parser."""
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASE_NAMES, default=list(CASE_NAMES), metavar="CASE",
         help=f"default: all of {', '.join(CASE_NAMES)}")  # fmt: skip
@@ -39,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite.
-
-    Returns:
-        The exit status: 1 when a form of ours is wrong, else 0.
-    """
+    """The exit status is 1 when a form of ours is wrong, else 0."""
     cases = [QUICK_CASES["quick"]] if arguments.quick else [CASES[n] for n in arguments.cases]
     rounds = 2 if arguments.quick else arguments.rounds
     result: dict[str, Any] = {
@@ -64,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(problem: Problem, operation: str, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one case and operation: correctness, then times in interleaved rounds."""
     truths = {exact: truth(problem, operation, exact) for exact in (True, False)}
     cell = Cell()
     for (provider, form, exact), make in forms(problem, operation).items():
@@ -79,7 +73,6 @@ def measure(problem: Problem, operation: str, rounds: int) -> list[dict[str, Any
 
 
 def _judged(make: Prepare, truths: tuple[Any, ...]) -> tuple[Form, dict[str, Any], str]:
-    """Prepare one form and compare its first result: what :meth:`measure.Cell.check` takes."""
     call, outputs = make()
     errors = [
         float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
@@ -98,15 +91,14 @@ def _said(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The record as a table."""
     lines = [
         f"tr H^2 with and without its gradient, from the parameters; float32, "
         f"{result['threads']} threads, medians of {result['rounds']} interleaved rounds",
     ]
     for row in result["rows"]:
-        head = (row["case"], row["operation"])
-        if f"{head[0]}: {head[1]}" not in lines:
-            lines += ["", f"{head[0]}: {head[1]}"]
+        head = f"{row['case']}: {row['operation']}"
+        if head not in lines:
+            lines += ["", head]
         name = f"  {row['provider']:8} {row['form']:44}"
         if row["status"] in record.BROKEN:
             lines.append(f"{name} {row['status']}: {row['reason']}")

@@ -74,15 +74,15 @@ def build(folder: Path) -> tuple[Path, list[KernelFigures]]:
 
 
 def figures(log: str) -> Iterator[KernelFigures]:
-    """The figures in the output of ``ptxas -v``."""
+    """What the output of ``ptxas -v`` says."""
     architecture, entry = "", ""
     lines = iter(log.splitlines())
     for line in lines:
         if found := re.search(r"Compiling entry function '(.*)' for '(\w+)'", line):
             entry, architecture = found.groups()
         elif found := re.search(r"Function properties for (.*)", line):
-            name, properties = found[1], _numbers(next(lines))
-            stack, stores, loads = properties
+            name = found[1]
+            stack, stores, loads = map(int, re.findall(r"(\d+) bytes", next(lines)))
             used = next(lines) if name == entry else ""
             registers = re.search(r"Used (\d+) registers", used)
             shared = re.search(r"(\d+) bytes smem", used)
@@ -108,11 +108,6 @@ def _short(name: str) -> str:
         start -= 1
         open_brackets += {")": 1, "(": -1}.get(name[start], 0)
     return name[:start]
-
-
-def _numbers(line: str) -> tuple[int, int, int]:
-    stack, stores, loads = (int(number) for number in re.findall(r"(\d+) bytes", line))
-    return stack, stores, loads
 
 
 def _demangled(log: str) -> str:

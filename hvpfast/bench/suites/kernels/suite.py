@@ -31,7 +31,6 @@ FIGURES = "hvpfast.bench.suites.kernels.cuda"  # builds the engine and reads wha
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench kernels`` to a parser."""
     add = parser.add_argument
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), metavar="BACKEND",
         help=f"default: all of {', '.join(BACKENDS)}")  # fmt: skip
@@ -41,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite.
-
-    Returns:
-        The exit status: 1 when a kernel spills or does not compile, else 0.
-    """
+    """The exit status is 1 when a kernel spills or does not compile, else 0."""
     started = time.perf_counter()
     result: dict[str, Any] = {
         **record.head("kernels"),
@@ -55,8 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rows": [],
     }
     for backend in arguments.backends:
-        reason = unavailable(backend)
-        if reason is not None:
+        if reason := unavailable(backend):
             result["skipped"][backend] = reason
             continue
         try:

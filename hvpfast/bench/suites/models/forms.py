@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,14 @@ class Models:
 
     @property
     def num_models(self) -> int:
-        """M."""
         return len(self.params)
 
     @property
     def num_tangents(self) -> int:
-        """K."""
         return self.tangents.shape[1]
 
     @property
     def device(self) -> str:
-        """Where the tensors are: "cpu" or "cuda"."""
         return self.params.device.type
 
     @classmethod
@@ -60,32 +57,19 @@ class Models:
             build(replace(case, name=f"{case.name}, model {m}"), num_tangents)
             for m in range(num_models)
         ]
-        arrays = (
-            np.stack([p.flat() for p in drawn]),
-            np.stack([p.x for p in drawn]),
-            np.stack([p.y for p in drawn]),
-            np.stack([p.normal for p in drawn]),
-        )
-        return cls(case, *common.tensors(arrays, device))
+        arrays = zip(*((p.flat(), p.x, p.y, p.normal) for p in drawn), strict=True)
+        return cls(case, *common.tensors([np.stack(models) for models in arrays], device))
 
     def to(self, dtype: torch.dtype) -> Models:
-        """The same numbers in another dtype."""
-        return replace(
-            self,
-            params=self.params.to(dtype),
-            x=self.x.to(dtype),
-            tangents=self.tangents.to(dtype),
-        )
+        return self._each(lambda t: t.to(dtype), "params", "x", "tangents")
 
     def part(self, first: int, last: int) -> Models:
         """Models first ... last - 1."""
-        return replace(
-            self,
-            params=self.params[first:last],
-            x=self.x[first:last],
-            y=self.y[first:last],
-            tangents=self.tangents[first:last],
-        )
+        return self._each(lambda t: t[first:last], "params", "x", "y", "tangents")
+
+    def _each(self, change: Callable[[Tensor], Tensor], *names: str) -> Models:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
     def split(self, flat: Tensor) -> tuple[Tensor, ...]:
         """(..., P) as one tensor (..., *shape) per parameter."""
@@ -109,28 +93,22 @@ def forms(problem: Models) -> dict[tuple[str, str, str], Callable[[], ModelsForm
     table: dict[tuple[str, str, str], Callable[[], ModelsForm]] = {}
     for name in ENGINES:
         if PROVIDERS[f"ours-{name}"].unavailable(problem.device) is None:
-            table[f"ours-{name}", "ours", "models at once"] = functools.partial(
-                _ours, problem, name
-            )
-    table["ours-loop", "loop", "one model at a time"] = functools.partial(_loop, problem)
+            table[f"ours-{name}", "ours", "models at once"] = partial(_ours, problem, name)
+    table["ours-loop", "loop", "one model at a time"] = partial(_loop, problem)
     for mode in transforms.MODES:
-        table["torch-func", "eager", f"vmap {mode}"] = functools.partial(_func, problem, mode)
+        table["torch-func", "eager", f"vmap {mode}"] = partial(_func, problem, mode)
     for batched in (True, False):
         name = "bmm, " + ("batched tangents" if batched else "tangents in a loop")
-        table["torch-bmm", "eager", name] = functools.partial(_bmm, problem, batched)
+        table["torch-bmm", "eager", name] = partial(_bmm, problem, batched)
     for mode in transforms.MODES:
-        table["torch-compile", "compiled", f"vmap {mode}"] = functools.partial(
-            _compiled, problem, mode
-        )
+        table["torch-compile", "compiled", f"vmap {mode}"] = partial(_compiled, problem, mode)
     if problem.device != "cpu":
-        eager = [(key[2], make) for key, make in table.items() if key[1] in ("eager", "compiled")]
-        for name, make in eager:
-            table["torch-graphs", "graphed", name] = functools.partial(
-                _recorded, problem.device, name, make
-            )
+        for (_, kind, name), make in list(table.items()):
+            if kind in ("eager", "compiled"):
+                table["torch-graphs", "graphed", name] = partial(_recorded, problem, name, make)
     if PROVIDERS["jax"].unavailable(problem.device) is None:
         for mode in transforms.MODES:
-            table["jax", "compiled", f"vmap {mode}"] = functools.partial(_jax, problem, mode)
+            table["jax", "compiled", f"vmap {mode}"] = partial(_jax, problem, mode)
     return table
 
 
@@ -246,9 +224,9 @@ def _bmm(problem: Models, batched: bool) -> ModelsForm:
     )
 
 
-def _recorded(device: str, name: str, make: Callable[[], ModelsForm]) -> ModelsForm:
+def _recorded(problem: Models, name: str, make: Callable[[], ModelsForm]) -> ModelsForm:
     form = make()
-    return replace(form, call=recorded(device, name, form.call))
+    return replace(form, call=recorded(problem.device, name, form.call))
 
 
 # ---- JAX ----

@@ -32,7 +32,6 @@ MEASURED = ("status", "reason", "errors", "median_s", "q1_s", "q3_s", "rounds", 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``hvpfast bench models`` to a parser."""
     add = parser.add_argument
     add("--case", choices=list(CASES), default="40-32-10", help="default: %(default)s")
     add("--models", type=int, default=451, metavar="M", help="default: %(default)s")
@@ -47,11 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite.
-
-    Returns:
-        The exit status: 1 when a form of ours failed or is wrong, else 0.
-    """
+    """The exit status is 1 when a form of ours failed or is wrong, else 0."""
     started = time.perf_counter()
     quick = arguments.quick
     case: Case = QUICK_CASES["quick"] if quick else CASES[arguments.case]
@@ -70,8 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         problem = Models.build(case, M, K, arguments.device)
         rounds = 2 if quick else arguments.rounds
         result["rows"] = measure(problem, rounds, arguments.budget, arguments.deadline, started)
+    macs = M * minimal(case, "hvp", K)[1]
     for row in result["rows"]:
-        _rate(row, problem, limits)
+        row.update(macs=macs, **peak.rate(macs, row["median_s"], limits))
     result["marks"] = judge(result)
     result["seconds"] = round(time.perf_counter() - started, 1)
     record.publish(result, render(result), arguments.out)
@@ -81,7 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(
     problem: Models, rounds: int, budget: float, deadline: float | None, started: float
 ) -> list[dict[str, Any]]:
-    """The rows: correctness, then times in interleaved rounds."""
     exact, allowed = truth(problem)
     cell = Cell()
     for (provider, kind, name), make in forms(problem).items():
@@ -106,7 +101,6 @@ def measure(
 def _judged(
     make: Callable[[], ModelsForm], exact: torch.Tensor, allowed: float
 ) -> tuple[Form, dict[str, Any], str]:
-    """Prepare one form and compare its first result: what :meth:`measure.Cell.check` takes."""
     form = make()
     error = worst(form.rows(form.call()), exact)
     right = error <= allowed  # not when it is NaN
@@ -123,31 +117,18 @@ def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((error / scale).max())
 
 
-def _rate(row: dict[str, Any], problem: Models, limits: dict[str, Any]) -> None:
-    macs = problem.num_models * minimal(problem.case, "hvp", problem.num_tangents)[1]
-    row.update(macs=macs, gflops=None, peak_fraction=None)
-    if row["median_s"]:
-        row["gflops"] = 2 * macs / row["median_s"] / 1e9
-        rate = limits["fma_gflops_all"]
-        row["peak_fraction"] = row["gflops"] / rate if rate else None
-
-
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What the full size must reach on a GPU, for each engine of ours: a time, and a ratio."""
     settings, rows = result["settings"], result["rows"]
     full = (settings["case"], settings["models"], settings["probes"], settings["device"])
     if full != ("40-32-10", 451, 100, "cuda"):
         return []
-    timed = [row for row in rows if row["status"] == "timed"]
-    eager = min((r["median_s"] for r in timed if r["kind"] == "eager"), default=None)
+    timed = record.timed(rows)
+    eager = next((r["median_s"] for r in timed if r["kind"] == "eager"), None)
+    at_once = {r["provider"]: r["median_s"] for r in timed if r["form"] == "models at once"}
     what, marks = {"case": "40-32-10, 451 models x 100", "operation": "hvp"}, []
     for provider in ("ours-cuda", "ours-triton"):
-        mine = [
-            r["median_s"]
-            for r in timed
-            if r["provider"] == provider and r["form"] == "models at once"
-        ]
-        seconds = mine[0] if mine else None
+        seconds = at_once.get(provider)
         ratio = eager / seconds if eager and seconds else None
         marks += [
             {**what, "provider": provider, "against": "seconds", "wanted": SECONDS_WANTED,
@@ -159,7 +140,6 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The record as text."""
     settings, limits = result["settings"], result["peak"]
     products = settings["models"] * settings["probes"]
 
