@@ -78,11 +78,7 @@ def timing_conditions() -> dict[str, Any]:
     }
 
 
-# ---- the program ----
-
-
 def version(package: str) -> str | None:
-    """Return the version of an installed package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -102,20 +98,16 @@ def source() -> dict[str, Any] | None:
     root = checkout()
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        command, unseen = ["git", "-C", str(root), *words], subprocess.DEVNULL
+        return subprocess.check_output(command, stderr=unseen, text=True, timeout=10).strip()
+
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
-            ).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *SOURCES])
-        )
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *SOURCES)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def kernels() -> dict[str, Any]:
@@ -124,11 +116,8 @@ def kernels() -> dict[str, Any]:
         module = importlib.import_module("hvpfast.backends._cpu")
     except ImportError:
         return {}
-    return {
-        "instruction set": module.isa(),
-        "instruction sets": list(module.isas()),
-        **module.build_info(),
-    }
+    sets = {"instruction set": module.isa(), "instruction sets": list(module.isas())}
+    return {**sets, **module.build_info()}
 
 
 def cuda_kernels() -> dict[str, Any]:
@@ -143,11 +132,7 @@ def cuda_kernels() -> dict[str, Any]:
     }
 
 
-# ---- the machine ----
-
-
 def processor() -> str | None:
-    """Return the name of the processor."""
     return _cpuinfo("model name") or platform.processor() or None
 
 
@@ -168,14 +153,13 @@ def _cpuinfo(*names: str) -> str:
 
 
 def usable_cores() -> int:
-    """Return the number of logical cores this process may use."""
+    """Return the number of logical cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:
-    """Return the size of the machine's memory."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -183,7 +167,6 @@ def memory_bytes() -> int | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Return the CUDA devices that torch sees."""
     if not torch.cuda.is_available():
         return []
     devices = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
@@ -203,12 +186,10 @@ def gpu_with_clocks() -> dict[str, Any] | None:
         return None
     facts = torch.cuda.get_device_properties(0)
     fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-        told = dict(zip(fields, done.stdout.strip().split(", "), strict=True))
+        answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
+        told = dict(zip(fields, answer.strip().split(", "), strict=True))
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         told = {"nvidia-smi": str(error)[:200]}
     return {
@@ -225,29 +206,24 @@ def gpu_with_clocks() -> dict[str, Any] | None:
 
 def text(facts: dict[str, Any]) -> str:
     """Return the facts of `collect` as aligned lines."""
-    lines: list[tuple[str, str]] = [("hvpfast", str(facts["versions"]["hvpfast"]))]
-    if facts["source"]:
-        changed = ", with changes" if facts["source"]["dirty"] else ""
-        lines.append(("commit", facts["source"]["commit"] + changed))
+    versions, git = facts["versions"], facts["source"]
+    lines = [("hvpfast", versions["hvpfast"])]
+    if git:
+        lines.append(("commit", git["commit"] + ", with changes" * git["dirty"]))
     for name, reason in facts["backends"].items():
-        lines.append(
-            (f"backend {name}", "available" if reason is None else f"not available: {reason}")
-        )
+        state = "available" if reason is None else f"not available: {reason}"
+        lines.append((f"backend {name}", state))
     for name, value in facts["cpu kernels"].items():
-        words = map(str, value) if isinstance(value, list) else [str(value)]
-        lines.append((f"kernels: {name}", ", ".join(words)))
+        words = value if isinstance(value, list) else [value]
+        lines.append((f"kernels: {name}", ", ".join(map(str, words))))
     lines += [(f"CUDA kernels: {name}", value) for name, value in facts["cuda kernels"].items()]
-    lines += [(name, str(value)) for name, value in facts["machine"].items() if value is not None]
+    lines += [(name, value) for name, value in facts["machine"].items() if value is not None]
     lines.append(("threads", f"{facts['threads']} (torch's number, which the kernels follow)"))
-    devices = [
-        f"{d['name']}, compute capability {d['compute capability']}, {d['memory GiB']} GiB"
-        for d in facts["gpu"]
-    ]
-    lines += [("gpu", device) for device in devices or ["none that torch can use"]]
-    installed = [
-        f"{k} {v}" for k, v in facts["versions"].items() if v is not None and k != "hvpfast"
-    ]
-    missing = [k for k, v in facts["versions"].items() if v is None]
+    device = "{name}, compute capability {compute capability}, {memory GiB} GiB"
+    devices = [device.format(**found) for found in facts["gpu"]]
+    lines += [("gpu", told) for told in devices or ["none that torch can use"]]
+    installed = [f"{k} {v}" for k, v in versions.items() if v is not None and k != "hvpfast"]
+    missing = [k for k, v in versions.items() if v is None]
     lines.append(("versions", ", ".join(installed)))
     if missing:
         lines.append(("not installed", ", ".join(missing)))
