@@ -12,8 +12,6 @@ from hvpfast.lab.data.splits import Arrays
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.lab.runs.packages import require
 
-Floats = npt.NDArray[np.float32]
-
 DIGITS = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 """SHA-256 of scikit-learn's digits: 1797 images 8x8 and then the labels, all as bytes."""
 NUM_DIGITS_TEST = 360
@@ -39,14 +37,13 @@ def load_digits() -> Arrays:
     return Arrays("digits", x[train], y[train], x[test], y[test], 10, "equal by SHA-256")
 
 
-def resized(images: npt.NDArray[Any], size: int) -> Floats:
+def resized(images: npt.NDArray[Any], size: int) -> npt.NDArray[np.float32]:
     """Return square images (N, C, S, S) as rows (N, C * size * size), bilinearly interpolated."""
     given = images.shape[-1]
     centres = np.clip((np.arange(size) + 0.5) * given / size - 0.5, 0, given - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(given)))  # (size, S)
     made = np.einsum("is,ncst,jt->ncij", weights, images, weights, optimize=True)
-    rows: Floats = made.reshape(len(images), -1).astype(np.float32)
-    return rows
+    return np.asarray(made.reshape(len(images), -1), np.float32)
 
 
 CIFAR_LIKE = {"classes": 100, "modes": 2, "coarse": 8, "variation": 2.5, "noise": 0.5}
@@ -110,9 +107,7 @@ def load_rbf(
 
 
 def unit(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the rows divided by their Euclidean norms."""
-    scaled: npt.NDArray[np.float64] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return scaled
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def made(

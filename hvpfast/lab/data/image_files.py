@@ -11,10 +11,10 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import pickle
 import tarfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,11 +31,9 @@ MNIST = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 """MD5 of the files, unpacked."""
-CIFAR_ARCHIVE = ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85")
+CIFAR_ARCHIVE = "cifar-100-python.tar.gz"
 CIFAR = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
 """MD5 of the members of the folder ``cifar-100-python``."""
-
-Read = Callable[[], bytes]
 
 
 def load_mnist(data_dir: str | Path) -> Arrays:
@@ -44,23 +42,13 @@ def load_mnist(data_dir: str | Path) -> Arrays:
     Raises:
         StudyError: files are missing and cannot be fetched, or are not MNIST.
     """
-    folder = Path(data_dir)
-    places = (folder, folder / "MNIST" / "raw", folder / "mnist")
-    reads = present("MNIST", folder, lambda: idx_files(places), "digits")
+    paths = present("MNIST", Path(data_dir), idx_files, "digits")
     x, y, x_test, y_test = (
-        idx(checked(read(), MNIST[name], reads_from), name)
-        for name, (reads_from, read) in reads.items()
+        idx(content(path, name, MNIST[name]), name) for name, path in paths.items()
     )
-    return Arrays(
-        "mnist",
-        x.reshape(len(x), -1),
-        y.astype(np.int64),
-        x_test.reshape(len(x_test), -1),
-        y_test.astype(np.int64),
-        10,
-        "equal by MD5",
-        255.0,
-    )
+    x, x_test = (images.reshape(len(images), -1) for images in (x, x_test))
+    labels, labels_test = y.astype(np.int64), y_test.astype(np.int64)
+    return Arrays("mnist", x, labels, x_test, labels_test, 10, "equal by MD5", 255.0)
 
 
 def load_cifar100(data_dir: str | Path) -> Arrays:
@@ -69,25 +57,23 @@ def load_cifar100(data_dir: str | Path) -> Arrays:
     Raises:
         StudyError: files are missing and cannot be fetched, or are not CIFAR-100.
     """
-    folder = Path(data_dir)
-    reads = present("CIFAR100", folder, lambda: cifar_files(folder), "cifar-like")
-    parts = {
-        name: batch(checked(read(), CIFAR[name], path)) for name, (path, read) in reads.items()
-    }
-    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    paths = present("CIFAR100", Path(data_dir), cifar_files, "cifar-like")
+    (x, y), (x_test, y_test) = (
+        batch(content(path, name, CIFAR[name])) for name, path in paths.items()
+    )
     return Arrays("cifar-100", x, y, x_test, y_test, 100, "equal by MD5", 255.0)
 
 
 def present(
-    name: str, folder: Path, find: Callable[[], dict[str, tuple[Path, Read]] | None], offline: str
-) -> dict[str, tuple[Path, Read]]:
+    name: str, folder: Path, find: Callable[[Path], dict[str, Path] | None], offline: str
+) -> dict[str, Path]:
     """Return what `find` finds; fetch the data set first where it finds nothing."""
-    found = find()
+    found = find(folder)
     if found is None:
         reason = fetch(name, folder)
-        found = find()
+        found = find(folder)
         if found is None:
-            wanted = ", ".join(MNIST) + " (or .gz)" if name == "MNIST" else CIFAR_ARCHIVE[0]
+            wanted = ", ".join(MNIST) + " (or .gz)" if name == "MNIST" else CIFAR_ARCHIVE
             raise StudyError(
                 f"{name} is not in {folder} and cannot be fetched ({reason}). Put {wanted} there, "
                 f"name its folder by --data-dir, or ask for the offline data set: --data {offline}"
@@ -108,35 +94,49 @@ def fetch(name: str, folder: Path) -> str:
     return "torchvision put it elsewhere"
 
 
-def idx_files(places: tuple[Path, ...]) -> dict[str, tuple[Path, Read]] | None:
-    """Return the path and a reader of MNIST's four files, or None where one is missing."""
-    found: dict[str, tuple[Path, Read]] = {}
+def idx_files(folder: Path) -> dict[str, Path] | None:
+    """Return the paths of MNIST's four files, or None where one is missing."""
+    places = (folder, folder / "MNIST" / "raw", folder / "mnist")
+    found: dict[str, Path] = {}
     for name in MNIST:
-        spellings = [name, name.replace("-idx", ".idx")]
-        for path in [place / word for place in places for word in spellings]:
-            packed = path.with_name(path.name + ".gz")
+        spellings = (name, name.replace("-idx", ".idx"))
+        for place, word, ending in itertools.product(places, spellings, ("", ".gz")):
+            path = place / f"{word}{ending}"
             if path.is_file():
-                found.setdefault(name, (path, path.read_bytes))
-            elif packed.is_file():
-                found.setdefault(name, (packed, partial(unpacked, packed)))
+                found.setdefault(name, path)
     return found if len(found) == len(MNIST) else None
 
 
-def unpacked(path: Path) -> bytes:
-    """Return the content of a gzip file."""
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise StudyError(f"{path} is damaged ({error}). Delete it and fetch it again") from error
+def cifar_files(folder: Path) -> dict[str, Path] | None:
+    """Return the paths of CIFAR-100's two parts, or twice the archive's; None without either."""
+    for place in (folder / "cifar-100-python", folder):
+        paths = {name: place / name for name in CIFAR}
+        if all(path.is_file() for path in paths.values()):
+            return paths
+    archive = folder / CIFAR_ARCHIVE
+    return dict.fromkeys(CIFAR, archive) if archive.is_file() else None
 
 
-def checked(content: bytes, md5: str, path: Path) -> bytes:
-    """Return the content; raise where it does not have the checksum."""
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+def content(path: Path, name: str, md5: str) -> bytes:
+    """Return the bytes of a file, unpacked; raise where they do not have the checksum."""
+    found = unpacked(path, name) if path.suffix == ".gz" else path.read_bytes()
+    if hashlib.md5(found, usedforsecurity=False).hexdigest() != md5:
         raise StudyError(
             f"{path} is damaged or another file: its MD5 is not {md5}. Delete it and fetch it again"
         )
-    return content
+    return found
+
+
+def unpacked(path: Path, name: str) -> bytes:
+    """Return what a gzip file holds, or one part out of CIFAR-100's archive."""
+    try:
+        if path.name != CIFAR_ARCHIVE:
+            return gzip.decompress(path.read_bytes())
+        with tarfile.open(path) as files:
+            file = files.extractfile(f"cifar-100-python/{name}")
+            return file.read() if file else b""
+    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        raise StudyError(f"{path} is damaged ({error}). Delete it and fetch it again") from error
 
 
 def idx(content: bytes, name: str) -> npt.NDArray[np.uint8]:
@@ -147,28 +147,6 @@ def idx(content: bytes, name: str) -> npt.NDArray[np.uint8]:
     if content[:3] != b"\0\0\x08" or values.size != sizes.prod():
         raise StudyError(f"{name} is not an IDX file of bytes")
     return values.reshape(sizes)
-
-
-def cifar_files(folder: Path) -> dict[str, tuple[Path, Read]] | None:
-    """Return the path and a reader of CIFAR-100's two parts, from a folder or the archive."""
-    for place in (folder / "cifar-100-python", folder):
-        paths = {name: place / name for name in CIFAR}
-        if all(path.is_file() for path in paths.values()):
-            return {name: (path, path.read_bytes) for name, path in paths.items()}
-    archive = folder / CIFAR_ARCHIVE[0]
-    if not archive.is_file():
-        return None
-    return {name: (archive, partial(member, archive, name)) for name in CIFAR}
-
-
-def member(archive: Path, name: str) -> bytes:
-    """Return one part out of the archive."""
-    try:
-        with tarfile.open(archive) as files:
-            file = files.extractfile(f"cifar-100-python/{name}")
-            return file.read() if file else b""
-    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
-        raise StudyError(f"{archive} is damaged ({error}). Delete it and fetch it again") from error
 
 
 class ArraysOnly(pickle.Unpickler):

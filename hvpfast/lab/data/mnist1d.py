@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,14 +111,10 @@ def make_mnist1d(num_samples: int) -> dict[str, Any]:
     package = require("mnist1d.data", "the data set mnist1d")
     arguments = package.get_dataset_args()
     arguments.num_samples = num_samples
-    return preserving_global_generators(lambda: package.make_dataset(arguments))
-
-
-def preserving_global_generators(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Call `work`, then restore the global generators of ``random`` and NumPy, error or not."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        return work()
+        made: dict[str, Any] = package.make_dataset(arguments)
+        return made
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002

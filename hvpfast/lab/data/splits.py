@@ -32,7 +32,6 @@ class Split:
     y: torch.Tensor
 
     def part(self, index: slice | torch.Tensor) -> Split:
-        """Return the samples of a slice or of given numbers."""
         return Split(self.x[index], self.y[index])
 
 
@@ -122,24 +121,20 @@ def three_way(
             f"{val_fraction} of {len(pool)} samples cannot be kept for validation: both splits "
             "need samples. Change the fraction or the number of samples"
         )
-    val, train = pool[:num_val].sort().values, pool[num_val:].sort().values
-    splits = [
-        Split(inputs(arrays.x, index, arrays.scale, dtype), labels(arrays.y, index))
-        for index in (train, val)
-    ]
-    test = Split(inputs(arrays.x_test, kept, arrays.scale, dtype), labels(arrays.y_test, kept))
+
+    def split(x: npt.NDArray[Any], y: npt.NDArray[np.int64], index: torch.Tensor) -> Split:
+        rows = torch.as_tensor(x[index.numpy()]).to(dtype).div_(arrays.scale)
+        return Split(rows, torch.as_tensor(y[index.numpy()]))
+
+    train = split(arrays.x, arrays.y, pool[num_val:].sort().values)
+    val = split(arrays.x, arrays.y, pool[:num_val].sort().values)
+    test = split(arrays.x_test, arrays.y_test, kept)
     if standardise != "none":
-        mean, std = centre_and_scale(splits[0].x, standardise)
-        for split in (*splits, test):
-            split.x.sub_(mean).div_(std)
-    return Data(
-        splits[0],
-        splits[1] if num_val else test,
-        test,
-        arrays.check,
-        arrays.name,
-        arrays.num_classes,
-    )
+        mean, std = centre_and_scale(train.x, standardise)
+        for part in (train, val, test):
+            part.x.sub_(mean).div_(std)
+    held_out = val if num_val else test
+    return Data(train, held_out, test, arrays.check, arrays.name, arrays.num_classes)
 
 
 def drawn(num: int, wanted: int | None, random: torch.Generator, what: str) -> torch.Tensor:
@@ -147,18 +142,6 @@ def drawn(num: int, wanted: int | None, random: torch.Generator, what: str) -> t
     if wanted is not None and not 0 < wanted <= num:
         raise StudyError(f"{what}: {wanted} asked for, there are {num}")
     return torch.randperm(num, generator=random)[:wanted]
-
-
-def inputs(
-    x: npt.NDArray[Any], index: torch.Tensor, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the chosen rows of x as floating-point numbers, divided by the scale."""
-    return torch.as_tensor(x[index.numpy()]).to(dtype).div_(scale)
-
-
-def labels(y: npt.NDArray[np.int64], index: torch.Tensor) -> torch.Tensor:
-    """Return the chosen labels."""
-    return torch.as_tensor(y[index.numpy()])
 
 
 def centre_and_scale(x: torch.Tensor, how: str | tuple[float, float]) -> tuple[Any, Any]:
