@@ -34,7 +34,6 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Median over the rounds."""
         return float(np.median(self.seconds))
 
     @property
@@ -120,13 +119,12 @@ def interleave(
     names = list(calls)
     if not names:
         return {}
-    inner = {n: max(1, min(1000, round(TURN_SECONDS / max(estimates[n], 1e-7)))) for n in names}
-    warm = {
-        n: max(1, min(1000, round(WARM_SECONDS / max(estimates[n], 1e-7))))
-        if estimates[n] < COLD_SECONDS
-        else 0
-        for n in names
-    }
+
+    def calls_in(aim: float) -> dict[str, int]:
+        return {n: max(1, min(1000, round(aim / max(estimates[n], 1e-7)))) for n in names}
+
+    inner, warm = calls_in(TURN_SECONDS), calls_in(WARM_SECONDS)
+    warm.update({n: 0 for n in names if estimates[n] >= COLD_SECONDS})
     seconds: dict[str, list[float]] = {n: [] for n in names}
     with no_collection():
         for done in range(rounds):
