@@ -140,7 +140,6 @@ def unpacked(path: Path, name: str) -> bytes:
 
 
 def idx(content: bytes, name: str) -> npt.NDArray[np.uint8]:
-    """Return the array of an IDX file of bytes."""
     dims = content[3]
     sizes = np.frombuffer(content, ">u4", dims, 4).astype(int)
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)

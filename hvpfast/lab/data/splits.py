@@ -65,9 +65,8 @@ class Data:
 
 def describe_data(rows: list[Row], held_out: str = "validation") -> str:
     """Return the line of progress of a cell whose first row is or resembles `Data.row`."""
-    row = rows[0]
-    sizes = f"{row['num_train']} train, {row['num_val']} {held_out}, {row['num_test']} test"
-    return f"{row['dataset']}: {sizes}"
+    line = "{dataset}: {num_train} train, {num_val} {held_out}, {num_test} test"
+    return line.format(held_out=held_out, **rows[0])
 
 
 @dataclass(frozen=True)
