@@ -184,7 +184,6 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """The garbage collector off; as before afterwards."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -15,7 +15,7 @@ import itertools
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -27,23 +27,11 @@ Activation = Literal["relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "so
 """Activations of the hidden layers that a study may be asked for."""
 
 
-class Numerics(Protocol):
-    """The fields of a configuration that decide how its numbers are computed."""
-
-    @property
-    def backend(self) -> str:
-        """Name of a backend, or auto."""
-
-    @property
-    def dtype(self) -> str:
-        """Name of torch's floating-point type."""
-
-
-def engine_of(config: Numerics, spec: MLPSpec, **more: str) -> dict[str, str]:
+def engine_of(config: Any, spec: MLPSpec, **more: str) -> dict[str, str]:
     """Return the backend that ``config.backend`` means for a network on the CPU, for env.json.
 
     Args:
-        config: the configuration.
+        config: a study's configuration, with the fields ``backend`` and ``dtype``.
         spec: the network; a backend is chosen by its depth, activation and loss.
         more: further facts that decide the numbers.
 
@@ -63,14 +51,12 @@ def engine_of(config: Numerics, spec: MLPSpec, **more: str) -> dict[str, str]:
 
 
 def check_least(config: object, least: int, *names: str) -> None:
-    """Raise ValueError where a field is below the least value that it may have."""
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
 
 
 def check_seeds(config: object, *names: str) -> None:
-    """Raise ValueError where a field is not one or more different integers from 0."""
     for name in names:
         seeds = getattr(config, name)
         if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
@@ -135,16 +121,13 @@ def words(value: Any) -> str:
 
 
 def given_arguments(args: argparse.Namespace, config_type: type) -> dict[str, Any]:
-    """Return the fields given on the command line, as the dataclass wants them."""
+    """Return the fields given on the command line; a list of words becomes one tuple."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_type)}
-    return {name: flatten(value) for name, value in given.items() if value is not None}
-
-
-def flatten(value: Any) -> Any:
-    """Turn a list of words, each a value or a list of values, into a tuple; other values pass."""
-    if not isinstance(value, list):
-        return value
-    return tuple(v for word in value for v in (word if isinstance(word, list) else [word]))
+    for name, value in given.items():
+        if isinstance(value, list):  # of numbers, or of the lists that `integers` makes
+            parts = (word if isinstance(word, list) else [word] for word in value)
+            given[name] = tuple(itertools.chain.from_iterable(parts))
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def from_json(config_type: Callable[..., Any], stored: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ renamed), so a run killed at any moment leaves finished cells and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -52,17 +53,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def row_line(row: Mapping[str, Any]) -> str:
-    """Return the row as one line of JSON; finite floats keep every bit."""
-    return json.dumps({k: finite(v) for k, v in row.items()}, allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """Return the value, or None for a float that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Return the row as one line of JSON; finite floats keep every bit, others become null."""
+    known = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(known, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of rows."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
@@ -161,28 +159,23 @@ class RunFolder:
         return read_rows(self.cell_path(key))
 
     def timings(self) -> dict[str, float]:
-        """Return the seconds of each cell, and of ``CELL/WHAT`` for a cell's rows of timings.
-
-        A line that a kill cut short is skipped.
-        """
+        """Return the seconds of each cell, and of ``CELL/WHAT`` for a cell's rows of timings."""
         path = self.path / "timings.jsonl"
         found: dict[str, float] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
+            # a line that a kill cut short is skipped: a timing lost changes no result
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 found[row["cell"]] = row["seconds"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a timing lost changes no result
         return found
 
 
 def next_folder(parent: Path, name: str, resume: bool) -> Path:
     """Return the first free of ``name``, ``name-2``, ...; when resuming, the last in use."""
     last = free = parent / name
-    for i in itertools.count(2):
-        if not free.exists():
-            break
-        last, free = free, parent / f"{name}-{i}"
+    numbers = itertools.count(2)
+    while free.exists():
+        last, free = free, parent / f"{name}-{next(numbers)}"
     return last if resume else free
 
 

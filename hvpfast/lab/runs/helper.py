@@ -6,6 +6,7 @@ finished, or until the process PARENT, which started it, has ended. See ``sharin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -21,22 +22,18 @@ STOPPED = 3
 
 
 def help_run(path: Path, module: str, parent: int) -> int:
-    """Work on the cells of the run in a folder; return the exit status."""
     folder = RunFolder(path)
     stored = folder.config()
     if stored is None:
         raise StudyError(f"{path} holds no run to help with")
     study = importlib.import_module(module).STUDY
     config = from_json(type(study.presets["default"]), stored["config"])
-    claims = Claims(path)
-    progress = Progress(folder, study.plan(config), True, claims, parent=parent)
-    try:
-        with one_torch_thread():
+    with contextlib.closing(Claims(path)) as claims, one_torch_thread():
+        progress = Progress(folder, study.plan(config), True, claims, parent=parent)
+        try:
             study.experiment(config, study.load(config), progress)
-    except Orphaned:
-        return STOPPED
-    finally:
-        claims.close()
+        except Orphaned:
+            return STOPPED
     return 0
 
 

@@ -40,7 +40,7 @@ class Cell(Protocol):
         """Return the rows of the cell `key`: stored ones, or those that `work` makes now."""
 
     def together(self, tasks: Sequence[Task]) -> list[list[Row]]:
-        """Return the rows of cells that do not need each other; several processes share them."""
+        """Return the rows of cells that do not need each other, in order; processes share them."""
 
 
 class Progress:
@@ -82,30 +82,25 @@ class Progress:
 
     @property
     def path(self) -> Path:
-        """The run folder."""
         return self.folder.path
 
     def __call__(self, key: str, work: Work, describe: Describe) -> list[Row]:
-        """Return the rows of the cell `key`, working only where it is not finished."""
         return self.together([(key, work, describe)])[0]
 
     def together(self, tasks: Sequence[Task]) -> list[list[Row]]:
-        """Return the rows of each task, in their order; work on those that no process works on."""
         for key, _, _ in tasks:
             if key not in self.bytes:
                 raise ValueError(f"cell {key!r} is not in the study's plan; add it to plan(config)")
         rows: dict[str, list[Row]] = {}
-        while True:
-            open_tasks = [task for task in tasks if task[0] not in rows]
-            if not open_tasks:
-                return [rows[key] for key, _, _ in tasks]
+        while missing := [task for task in tasks if task[0] not in rows]:
             before = len(rows)
-            for key, work, describe in open_tasks:
+            for key, work, describe in missing:
                 found = self.attempt(key, work, describe)
                 if found is not None:
                     rows[key] = found
             if len(rows) == before:
                 time.sleep(POLL_SECONDS)
+        return [rows[key] for key, _, _ in tasks]
 
     def attempt(self, key: str, work: Work, describe: Describe) -> list[Row] | None:
         """Return a cell's rows, stored or made now; None where another process works on it."""
@@ -148,10 +143,6 @@ class Progress:
         seen = {name: fmean(times) for name, times in self.seconds.items()}
         other = fmean(seen.values())
         return sum(seen.get(kind(key), other) for key in self.pending)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self.bar.close()
 
 
 def kind(key: str) -> str:

@@ -46,10 +46,6 @@ NUMERIC_PACKAGES = (
 """Packages whose version can change a number."""
 
 
-def no_artefacts(path: Path, records: list[Row]) -> None:
-    """Write nothing beside figures and report."""
-
-
 @dataclass(frozen=True)
 class Study(Generic[C, D]):
     """The functions of one study, each testable by itself."""
@@ -73,7 +69,7 @@ class Study(Generic[C, D]):
     """Markdown, from the findings and nothing else."""
     headline: Callable[[Mapping[str, Any]], str]
     """The answer in a line or two."""
-    artefacts: Callable[[Path, list[Row]], None] = no_artefacts
+    artefacts: Callable[[Path, list[Row]], None] = lambda path, records: None
     """Writes into the run folder what follows from its cells beside figures and report."""
     module: str = ""
     """Module in which another process finds the study as ``STUDY``; empty where none can."""
@@ -112,8 +108,7 @@ def run(
         Interrupted: Ctrl-C; what is finished is kept.
     """
     if preset is None:
-        named = [name for name, known in study.presets.items() if known == config]
-        preset = named[0] if named else "custom"
+        preset = next((name for name, known in study.presets.items() if known == config), "custom")
     asked = json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
     wanted = {"study": study.name, "preset": preset, "config": asked}
     for package in study.packages:
@@ -137,7 +132,7 @@ def run(
         progress = Progress(
             folder, plan, quiet, claims, helpers=helpers, workers=max(workers, ranks.size)
         )
-        with contextlib.closing(progress):
+        with progress.bar:
             env = keep_environment(folder, engine, pending=bool(progress.pending))
             with one_torch_thread():
                 study.experiment(config, data, progress)
@@ -236,7 +231,6 @@ def draw(study: Study[C, D], folder: RunFolder, records: list[Row], env: Mapping
 
 
 def picture(folder: RunFolder, name: str) -> bytes:
-    """Return the bytes of one of the report's pictures."""
     try:
         return (folder.path / name).read_bytes()
     except OSError as error:

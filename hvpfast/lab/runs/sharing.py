@@ -22,8 +22,6 @@ from hvpfast.lab.runs.folder import LOCK, StudyError
 
 WHOLE_RUN = 0
 """Byte that the process which draws the report holds during the run; cell i has byte i + 1."""
-TAKEN = (BlockingIOError, PermissionError)
-"""What operating systems raise for a lock that another process holds."""
 
 
 class Claims:
@@ -39,27 +37,30 @@ class Claims:
                 f"cannot write in {folder}: {error.strerror or error}. Choose another --out"
             ) from error
 
+    def lock(self, byte: int) -> bool:
+        """Lock a byte until `close` if no other process holds it; return whether that is so."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except (BlockingIOError, PermissionError):  # one or the other, by operating system
+            return False
+        return True
+
     @contextlib.contextmanager
     def hold(self, byte: int) -> Iterator[bool]:
         """Lock a byte if it is free, and yield whether it was; the lock is released at the end."""
+        mine = self.lock(byte)
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except TAKEN:
-            yield False
-            return
-        try:
-            yield True
+            yield mine
         finally:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
+            if mine:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1, byte)
 
     def take_run(self) -> None:
         """Lock the whole run until `close`; raise where another process has locked it."""
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, WHOLE_RUN)
-        except TAKEN as error:
+        if not self.lock(WHOLE_RUN):
             raise StudyError(
                 f"another process is working in {self.folder}. Wait for it, or choose another --out"
-            ) from error
+            )
 
     def close(self) -> None:
         """Release all locks."""
@@ -111,25 +112,16 @@ class Helpers:
 
     def start(self) -> None:
         """Start the processes; a second call does nothing."""
-        package = str(checkout())
-        paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        paths = [str(checkout()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [
-            sys.executable,
-            "-m",
-            "hvpfast.lab.runs.helper",
-            str(self.folder),
-            self.module,
-            str(os.getpid()),
-        ]
+        arguments = [str(self.folder), self.module, str(os.getpid())]
+        command = [sys.executable, "-m", "hvpfast.lab.runs.helper", *arguments]
         while len(self.processes) < self.number:
             # in sessions of their own: Ctrl-C reaches the run alone, which then stops them
-            self.processes.append(
-                subprocess.Popen(command, env=environment, start_new_session=True)
-            )
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            self.processes.append(process)
 
     def stop(self) -> None:
-        """End the processes that still run, and wait for them."""
         for process in self.processes:
             process.terminate()
         for process in self.processes:
