@@ -46,7 +46,6 @@ def compare(base: Sequence[float], other: Sequence[float], ratio: bool = False) 
 def compare_arms(
     rows: Sequence[Mapping[str, Any]], measure: str, base: str, other: str, ratio: bool = False
 ) -> dict[str, Any]:
-    """Compare two arms in one measure, paired by seed."""
     values = by_seed(rows, measure, (base, other))
     return compare(values[base], values[other], ratio)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import re
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +45,8 @@ PAGE = """<!DOCTYPE html>
 """
 PICTURE = re.compile(r"!\[(?P<text>.*)\]\((?P<file>[^)]+)\)\s*$")
 HEADING = re.compile(r"(?P<marks>#{1,6}) (?P<text>.+)$")
+OTHER_BLOCKS = ("|", "- ", "#", "![", "```")
+"""Starts of the lines that end a paragraph."""
 KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
 
@@ -59,42 +63,31 @@ def page(markdown: str, read: Callable[[str], bytes]) -> str:
 
 
 def blocks(markdown: str, read: Callable[[str], bytes]) -> list[str]:
-    """Return the HTML of each block of the Markdown."""
-    lines, made, at = markdown.splitlines(), list[str](), 0
-    while at < len(lines):
-        line, start = lines[at], at
-        heading, picture = HEADING.match(line), PICTURE.match(line)
-        at += 1
-        if not line.strip():
-            continue
-        if heading:
+    lines, made = deque(markdown.splitlines()), list[str]()
+
+    def take_while(wanted: Callable[[str], bool]) -> list[str]:
+        return [lines.popleft() for _ in list(itertools.takewhile(wanted, lines))]
+
+    while lines:
+        line = lines.popleft()
+        if heading := HEADING.match(line):
             size = len(heading["marks"])
             made.append(f"<h{size}>{inline(heading['text'])}</h{size}>")
-        elif picture:
+        elif picture := PICTURE.match(line):
             made.append(figure(picture["text"], picture["file"], read))
         elif line.startswith("```"):
-            at = find(lines, at, lambda text: text.startswith("```"))
-            made.append(
-                f"<pre><code>{html.escape(chr(10).join(lines[start + 1 : at]))}</code></pre>"
-            )
-            at += 1
+            code = "\n".join(take_while(lambda text: not text.startswith("```")))
+            made.append(f"<pre><code>{html.escape(code)}</code></pre>")
+            if lines:
+                lines.popleft()
         elif line.startswith("|"):
-            at = find(lines, at, lambda text: not text.startswith("|"))
-            made.append(table(lines[start:at]))
+            made.append(table([line, *take_while(lambda text: text.startswith("|"))]))
         elif line.startswith("- "):
-            at = find(lines, at, lambda text: not text.startswith(("- ", "  ")))
-            made.append(bullets(lines[start:at]))
-        else:
-            at = find(
-                lines, at, lambda t: not t.strip() or t.startswith(("|", "- ", "#", "![", "```"))
-            )
-            made.append(f"<p>{inline(' '.join(lines[start:at]))}</p>")
+            made.append(bullets([line, *take_while(lambda text: text.startswith(("- ", "  ")))]))
+        elif line.strip():
+            rest = take_while(lambda text: bool(text.strip()) and not text.startswith(OTHER_BLOCKS))
+            made.append(f"<p>{inline(' '.join([line, *rest]))}</p>")
     return made
-
-
-def find(lines: list[str], at: int, wanted: Callable[[str], bool]) -> int:
-    """Return the index of the first line from `at` that is wanted, or the number of lines."""
-    return next((i for i in range(at, len(lines)) if wanted(lines[i])), len(lines))
 
 
 def bullets(lines: list[str]) -> str:
@@ -111,24 +104,20 @@ def bullets(lines: list[str]) -> str:
 def table(lines: list[str]) -> str:
     """Return a table: head, a line of dashes that aligns the columns, body."""
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])] for line in lines]
-    dashes = rows[1] if len(rows) > 1 and set("".join(rows[1])) <= set("-: ") else None
-    right = [cell.endswith(":") for cell in dashes or []]
+    headed = len(rows) > 1 and set("".join(rows[1])) <= set("-: ")
+    dashes = rows.pop(1) if headed else []
+    sides = [' style="text-align: right"' if cell.endswith(":") else "" for cell in dashes]
     made = []
     for i, row in enumerate(rows):
-        if dashes is not None and i == 1:
-            continue
-        kind = "th" if dashes is not None and i == 0 else "td"
-        cells = []
-        for j, cell in enumerate(row):
-            side = ' style="text-align: right"' if right[j : j + 1] == [True] else ""
-            cells.append(f"<{kind}{side}>{inline(cell)}</{kind}>")
+        kind = "th" if headed and i == 0 else "td"
         if any(row) or kind == "td":  # a head of empty cells is how Markdown writes no head
+            pairs = zip(row, itertools.chain(sides, itertools.repeat("")), strict=False)
+            cells = [f"<{kind}{side}>{inline(cell)}</{kind}>" for cell, side in pairs]
             made.append(f"<tr>{''.join(cells)}</tr>")
     return '<div class="wide"><table>\n' + "\n".join(made) + "\n</table></div>"
 
 
 def figure(text: str, file: str, read: Callable[[str], bytes]) -> str:
-    """Return a picture, its bytes inside."""
     kind = KINDS[Path(file).suffix.lower()]
     source = f"data:{kind};base64,{base64.b64encode(read(file)).decode()}"
     image = f'<img alt="{html.escape(text)}" src="{source}">'

@@ -52,7 +52,6 @@ def png(figure: Figure) -> bytes:
 
 
 def legend(ax: Axes) -> None:
-    """Add a frameless legend."""
     ax.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=1.4)
 
 
@@ -120,7 +119,6 @@ def differences(ax: Axes, base: Curves, other: Curves) -> None:
 
 
 def draw_seeds(ax: Axes, seeds: Curves, color: str, name: str) -> None:
-    """Draw curves over the epochs, thin, and their mean, thick."""
     for values in seeds:
         ax.plot(range(len(values)), values, color=color, linewidth=0.8, alpha=0.35)
     if len(seeds):
@@ -147,9 +145,7 @@ def paired_dots(ax: Axes, arms: Mapping[str, Sequence[float]]) -> None:
 def dots(ax: Axes, arms: Mapping[str, Sequence[float]]) -> None:
     """Draw every seed as a dot, a row per arm from the top, and each arm's mean as a bar."""
     for y, (values, color) in enumerate(zip(arms.values(), arm_colors(arms), strict=True)):
-        ax.scatter(
-            values, spread_rows(y, len(values)), s=20, color=color, alpha=0.7, lw=0, zorder=3
-        )
+        ax.scatter(values, spread_rows(y, values), s=20, color=color, alpha=0.7, lw=0, zorder=3)
         if len(values):
             mean = float(np.mean(values))
             ax.plot([mean, mean], [y - 0.32, y + 0.32], color=color, linewidth=2.4, zorder=4)
@@ -175,9 +171,7 @@ def forest(
     ax.axvline(zero, color=INK, linewidth=0.9, zorder=1)
     for y, (name, color) in enumerate(zip(pairs, colors or arm_colors(pairs, 1), strict=True)):
         values, result = pairs[name], found[name]
-        ax.scatter(
-            values, spread_rows(y, len(values)), s=16, color=color, alpha=0.45, lw=0, zorder=2
-        )
+        ax.scatter(values, spread_rows(y, values), s=16, color=color, alpha=0.45, lw=0, zorder=2)
         if result["low"] is not None:
             ends, middle = [result["low"], result["high"]], result["mean"]
             ax.plot(ends, [y, y], color=INK, linewidth=2.2, zorder=4, solid_capstyle="butt")
@@ -190,9 +184,9 @@ def arm_colors(arms: Mapping[str, Any], first: int = 0) -> list[str]:
     return [COLORS[(first + i) % len(COLORS)] for i in range(len(arms))]
 
 
-def spread_rows(y: float, num: int) -> list[float]:
+def spread_rows(y: float, values: Sequence[float]) -> list[float]:
     """Return heights around y that keep dots apart: the same for the same seed in every row."""
-    return [y + 0.22 * math.sin(2.4 * i) for i in range(num)]
+    return [y + 0.22 * math.sin(2.4 * i) for i in range(len(values))]
 
 
 def name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -210,11 +204,6 @@ def trials(ax: Axes, x: Sequence[float], y: Sequence[float], arm: int, name: str
     if len(y):
         best = int(np.argmin(y))
         ax.scatter([x[best]], [y[best]], s=130, facecolor="none", edgecolor=color, linewidth=1.6)
-
-
-def level(ax: Axes, value: float, arm: int, name: str) -> None:
-    """Draw a dashed horizontal line to compare with, in the colour of an arm."""
-    ax.axhline(value, color=COLORS[arm % len(COLORS)], linestyle="--", linewidth=1.2, label=name)
 
 
 def log_axis(ax: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from hvpfast.lab.runs.folder import Row
@@ -20,7 +22,6 @@ def facts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_facts(records: list[Row], name: str) -> dict[str, Any]:
-    """Return the `facts` of the first row of a table."""
     return facts(table(records, name)[0])
 
 
@@ -41,6 +42,10 @@ def by_seed(
     return {arm: [found[arm][seed] for seed in complete] for arm in arms}
 
 
+def mean_of(rows: Sequence[Mapping[str, Any]], measure: str) -> float:
+    """Return the mean of a measure; infinite where a row has none, as that of a divergence."""
+    return fmean(row[measure] if known(row, measure) else math.inf for row in rows)
+
+
 def known(row: Mapping[str, Any], measure: str) -> bool:
-    """Return whether the row has a number for the measure."""
     return row.get(measure) is not None

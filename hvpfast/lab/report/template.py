@@ -9,10 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hvpfast.lab.report import words
 
-FILTERS = (
-    words.number, words.percent, words.spread, words.change, words.effect, words.interval,
-    words.p_value, words.count,
-)  # fmt: skip
+FUNCTIONS = ("number", "percent", "spread", "change", "effect", "interval", "p_value", "count")
+"""Functions of ``words.py`` that templates have, as filters and as functions."""
 
 
 def environment(folder: Path) -> Environment:
@@ -24,18 +22,14 @@ def environment(folder: Path) -> Environment:
         lstrip_blocks=True,
         autoescape=False,  # Markdown, from the study's own findings
     )
-    functions = {function.__name__: function for function in FILTERS}
+    functions = {name: getattr(words, name) for name in FUNCTIONS}
     found.filters.update(functions)
     found.globals.update(functions)
     return found
 
 
 def render(path: Path, **names: Any) -> str:
-    """Return the Markdown of a template, its paragraphs and list items wrapped.
-
-    Templates have the functions of ``words.py`` (number, percent, spread, change, effect, interval,
-    p_value, count) as filters and as functions. A name that is missing is an error.
-    """
+    """Return the Markdown of a template, wrapped; a name that is missing is an error."""
     return words.wrap(environment(path.parent).get_template(path.name).render(names))
 
 

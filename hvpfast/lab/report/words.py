@@ -23,7 +23,6 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def percent(value: float | None, decimals: int = 0) -> str:
-    """Return a share as a percentage."""
     return NONE if value is None else f"{100 * value:.{decimals}f} %"
 
 
@@ -40,7 +39,7 @@ def change(value: float | None, kind: str) -> str:
 
 
 def effect(found: Mapping[str, Any]) -> str:
-    """Return the mean of a `compare`: a difference with its sign, or a ratio with a cross."""
+    """Return the mean of a `compare`."""
     return change(found["mean"], found["kind"])
 
 
@@ -58,12 +57,12 @@ def p_value(found: Mapping[str, Any], name: str = "p") -> str:
     return "≤ " * drawn + number(value, 2)
 
 
-def count(quantity: int, singular: str, plural: str = "") -> str:
+def count(quantity: int, noun: str) -> str:
     """Return a number with its noun: 1 seed, 2 seeds."""
-    return f"{quantity} {singular if quantity == 1 else plural or singular + 's'}"
+    return f"{quantity} {noun if quantity == 1 else noun + 's'}"
 
 
-def wrap(markdown: str, width: int = 100) -> str:
+def wrap(markdown: str) -> str:
     """Return the Markdown with paragraphs and list items wrapped, other lines as they are."""
     lines: list[str] = []
     for line in markdown.splitlines():
@@ -72,15 +71,9 @@ def wrap(markdown: str, width: int = 100) -> str:
             lines[-1] += " " + line.strip()
         else:
             lines.append(line)
-    return (
-        "\n".join(line if line.startswith(("|", "#", "!")) else fill(line, width) for line in lines)
-        + "\n"
-    )
-
-
-def fill(text: str, width: int) -> str:
-    """Return one paragraph or list item, wrapped."""
-    indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(
-        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    wrapper = textwrap.TextWrapper(width=100, break_long_words=False, break_on_hyphens=False)
+    for i, line in enumerate(lines):
+        if not line.startswith(("|", "#", "!")):
+            wrapper.subsequent_indent = "  " if line.startswith("- ") else ""
+            lines[i] = wrapper.fill(line)
+    return "\n".join(lines) + "\n"

@@ -14,9 +14,10 @@ from hvpfast.studies.hessian_norm.findings import ARMS, COMPARED, compared
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLOR = dict(zip(ARMS, plots.COLORS, strict=False))
+
 
 def figures(records: list[Row]) -> dict[str, Figure]:
-    """Return the figures by file name."""
     return {
         "validation_curves.png": validation_curves(records),
         "arms.png": arms(records),
@@ -49,25 +50,24 @@ def validation_curves(records: list[Row]) -> Figure:
 def arms(records: list[Row]) -> Figure:
     """Draw every seed of every arm: test loss, its paired difference, and the exact ||H||^2."""
     finals = table(records, "final")
-    titles = {name: ARMS[name].title for name in ARMS}
+    ended = [row for row in finals if not row["diverged"]]
     losses, norms = (
         {
-            title: [row[measure] for row in finals if row["arm"] == name and not row["diverged"]]
-            for name, title in titles.items()
+            arm.title: [row[measure] for row in ended if row["arm"] == name]
+            for name, arm in ARMS.items()
         }
         for measure in ("test_loss", "hessian_fro2")
     )
     pairs, found = {}, {}
     for name in COMPARED:
         base = ARMS[name].base
-        title = f"{titles[name]}\nagainst {titles[base]}"
+        title = f"{ARMS[name].title}\nagainst {ARMS[base].title}"
         pairs[title] = plots.paired_changes(finals, "test_loss", base, name)
         found[title] = compared(finals, name, "test_loss")
     figure, (left, middle, right) = plots.new_figure(3, width=5.0, height=4.8)
     plots.dots(left, losses)
     plots.label(left, "Test loss of the final runs", "cross-entropy")
-    own = dict(zip(ARMS, plots.arm_colors(ARMS), strict=True))
-    plots.forest(middle, pairs, found, colors=[own[name] for name in COMPARED])
+    plots.forest(middle, pairs, found, colors=[COLOR[name] for name in COMPARED])
     plots.label(middle, "Change of the test loss, paired by seed", "lower is better")
     plots.dots(right, norms)
     plots.log_axis(right, "x", [value for values in norms.values() for value in values])
@@ -99,7 +99,8 @@ def tuning(records: list[Row]) -> Figure:
             plots.trials(ax, x, y, names.index(arm), ARMS[arm].title)
         for base in dict.fromkeys(ARMS[arm].base for arm in shown if stage == "strength"):
             lowest = min(t["val_loss"] for t in known_trials(records, "rate", base))
-            plots.level(ax, lowest, names.index(base), f"best {ARMS[base].title}")
+            name = f"best {ARMS[base].title}"
+            ax.axhline(lowest, color=COLOR[base], linestyle="--", linewidth=1.2, label=name)
         plots.log_axis(ax, "x", grid_values(config[grid]))
         plots.legend(ax)
         plots.label(ax, label.capitalize() if stage == "rate" else f"Strength: {label}", label)
