@@ -31,39 +31,32 @@ import torch
 
 import hvpfast as hf
 from hvpfast.lab.data.mnist1d import NUM_CLASSES, NUM_INPUTS, mnist1d
-from hvpfast.lab.data.splits import Data
+from hvpfast.lab.data.splits import Data, describe_data
 from hvpfast.lab.measure.curvature import exact_curvature
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.measure.training import scores
+from hvpfast.lab.report.records import mean_of
+from hvpfast.lab.runs import run as runs
 from hvpfast.lab.runs.config import engine_of
-from hvpfast.lab.runs.folder import StudyError
+from hvpfast.lab.runs.folder import Row, StudyError
 from hvpfast.lab.runs.progress import Cell, Task
-from hvpfast.lab.runs.run import Study
-from hvpfast.lab.runs.run import run as run_study
 from hvpfast.studies.hessian_norm import published
 from hvpfast.studies.hessian_norm.config import PRESETS, Config
 from hvpfast.studies.hessian_norm.figures import figures
-from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, Arm, findings
-from hvpfast.studies.hessian_norm.progress import (
-    describe_data,
-    describe_final,
-    describe_torch,
-    describe_trial,
-    mean_loss,
-)
+from hvpfast.studies.hessian_norm.findings import ARMS, QUESTION, findings
 from hvpfast.studies.hessian_norm.report import headline, report
 from hvpfast.studies.hessian_norm.torch_baseline import torch_rows
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 
+mean_loss = partial(mean_of, measure="val_loss")
+
 
 def shape_of(config: Config) -> Shape:
-    """Return sizes, length and backend of the trainings."""
     sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
     return Shape(sizes, config.epochs, config.batch_size, config.backend, config.root_seed)
 
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the facts that decide the numbers; see `engine_of`."""
     return engine_of(config, hf.MLPSpec(shape_of(config).sizes, activation=config.activation))
 
 
@@ -73,35 +66,25 @@ def load(config: Config) -> Data:
     return mnist1d(config.num_samples, fraction, config.root_seed, getattr(torch, config.dtype))
 
 
-def activation_of(config: Config, arm: Arm) -> str:
-    """Return the activation of an arm's hidden layers: some arms are to be smooth."""
-    return config.smooth_activation if arm.smooth else config.activation
-
-
-def strengths_of(config: Config, arm: Arm) -> tuple[float, ...]:
-    """Return the values that an arm's strength is chosen from."""
-    grid: tuple[float, ...] = getattr(config, arm.grid)
-    return grid
-
-
 # tuning
 
 
 def trial_rows(
     config: Config, data: Data, stage: str, arm: str, number: int, setting: Setting
 ) -> Iterator[dict[str, Any]]:
-    """Train with one setting from every tuning seed; yield a row each."""
     for seed in config.tune_seeds:
         trained = train(shape_of(config), data, setting, "tune", seed)
         last = {} if trained.diverged else trained.epochs[-1]
         reached = {name: last.get(name) for name in ("val_loss", "val_accuracy")}
         head = {"table": "trial", "stage": stage, "arm": arm, "trial": number, "seed": seed}
-        yield {**head, **columns(setting), **reached}
+        yield {**head, **setting.columns, **reached}
 
 
-def columns(setting: Setting) -> dict[str, Any]:
-    """Return the columns learning_rate and strength."""
-    return {"learning_rate": setting.learning_rate, "strength": setting.strength}
+def describe_trial(rows: list[Row]) -> str:
+    row = rows[0]
+    strength = f"strength {row['strength']:.0e}" if row["strength"] else ""
+    point = f"lr {row['learning_rate']:.1e}  {strength:<14}"
+    return f"tune   {row['arm']:<16}  {point}  val loss {mean_loss(rows):.4f}"
 
 
 def best_of(
@@ -132,16 +115,17 @@ def tune(config: Config, data: Data, cell: Cell) -> dict[str, Setting]:
     differ in one thing.
     """
 
-    def rates(arm: str, strength: float = 0.0) -> list[Setting]:
-        method, activation = ARMS[arm].method, activation_of(config, ARMS[arm])
-        return [Setting(method, activation, rate, strength) for rate in config.learning_rates]
+    def rates(name: str, strength: float = 0.0) -> list[Setting]:
+        arm = ARMS[name]
+        activation = config.smooth_activation if arm.smooth else config.activation
+        return [Setting(arm.method, activation, rate, strength) for rate in config.learning_rates]
 
     bases = {arm: rates(arm) for arm in ARMS if ARMS[arm].base == arm}
     chosen = best_of(config, data, "rate", bases, cell)
     grids = {
         name: [
             replace(chosen[arm.base], method=arm.method, strength=strength)
-            for strength in strengths_of(config, arm)
+            for strength in getattr(config, arm.grid)
         ]
         for name, arm in ARMS.items()
         if arm.grid
@@ -150,8 +134,7 @@ def tune(config: Config, data: Data, cell: Cell) -> dict[str, Setting]:
     for name in ("placebo", "exact"):
         chosen[name] = replace(chosen["penalised"], method=ARMS[name].method)
     again = {"own-rate": rates("own-rate", chosen["penalised"].strength)}
-    chosen |= best_of(config, data, "rate", again, cell)
-    return chosen
+    return chosen | best_of(config, data, "rate", again, cell)
 
 
 # final runs
@@ -167,7 +150,7 @@ def final_rows(
     yield {"table": "timing", "what": "train", "seconds": time.perf_counter() - start}
     for row in trained.epochs:
         yield {"table": "epoch", "arm": arm, "seed": seed, **row}
-    final: dict[str, Any] = {"table": "final", "arm": arm, "seed": seed, **columns(setting)}
+    final: dict[str, Any] = {"table": "final", "arm": arm, "seed": seed, **setting.columns}
     final |= {"activation": setting.activation, "diverged": trained.diverged}
     if not trained.diverged:
         model = trained.model
@@ -184,8 +167,20 @@ def final_rows(
     yield final
 
 
+def describe_final(rows: list[Row]) -> str:
+    row = rows[-1]
+    head = f"final  {row['arm']:<16}  seed {row['seed']:<2}"
+    if row["diverged"]:
+        return f"{head}  diverged"
+    losses = f"val loss {row['val_loss']:.4f}  test loss {row['test_loss']:.4f}"
+    return f"{head}  {losses}  |H|^2 {row['hessian_fro2']:.3g}"
+
+
+def describe_torch(rows: list[Row]) -> str:
+    return f"torch  autograd alone    seed {rows[0]['seed']:<2}  {len(rows) - 1} arms"
+
+
 def data_rows(config: Config, data: Data) -> Iterator[dict[str, Any]]:
-    """Describe data and networks, and score what needs no network."""
     spec = hf.MLPSpec(shape_of(config).sizes)
     network = {"sizes": "-".join(map(str, spec.sizes)), "num_params": spec.num_params}
     yield {**data.row, **network, "backend": config.backend}
@@ -198,14 +193,13 @@ def data_rows(config: Config, data: Data) -> Iterator[dict[str, Any]]:
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in the order of the records."""
     if config.protocol == "published":
         return ["data", *published.plan(config.repetitions)]
     rates, keys = range(len(config.learning_rates)), ["data"]
     bases = [arm for arm in ARMS if ARMS[arm].base == arm]
     keys += [f"rate-{arm}-{i:03d}" for arm in bases for i in rates]
     for name, arm in ARMS.items():
-        numbers = range(len(strengths_of(config, arm)) if arm.grid else 0)
+        numbers = range(len(getattr(config, arm.grid)) if arm.grid else 0)
         keys += [f"strength-{name}-{i:03d}" for i in numbers]
     keys += [f"rate-own-rate-{i:03d}" for i in rates]
     keys += [f"torch-{seed:03d}" for seed in config.torch_seeds]
@@ -231,14 +225,13 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
     cell.together(tasks)
 
 
-def reporter(protocol: Any) -> Any:
-    """Return the protocol's functions: figures, findings, report and headline."""
-    if protocol == "published":
-        return published
-    return SimpleNamespace(figures=figures, findings=findings, report=report, headline=headline)
+PROTOCOLS: dict[Any, Any] = {
+    "sound": SimpleNamespace(figures=figures, findings=findings, report=report),
+    "published": published,
+}
+"""What makes figures, findings and report of each."""
 
-
-STUDY: Study[Config, Data] = Study(
+STUDY: runs.Study[Config, Data] = runs.Study(
     name="hessian-norm",
     module="hvpfast.studies.hessian_norm",
     question=QUESTION,
@@ -248,10 +241,10 @@ STUDY: Study[Config, Data] = Study(
     load=load,
     plan=plan,
     experiment=experiment,
-    figures=lambda records: reporter(records[0]["protocol"]).figures(records),
-    findings=lambda records, timings: reporter(records[0]["protocol"]).findings(records, timings),
-    report=lambda found: reporter(found["protocol"]).report(found),
-    headline=lambda found: reporter(found["protocol"]).headline(found),
+    figures=lambda records: PROTOCOLS[records[0]["protocol"]].figures(records),
+    findings=lambda records, timings: PROTOCOLS[records[0]["protocol"]].findings(records, timings),
+    report=lambda found: PROTOCOLS[found["protocol"]].report(found),
+    headline=headline,
 )
 
-run = partial(run_study, STUDY)
+run = partial(runs.run, STUDY)

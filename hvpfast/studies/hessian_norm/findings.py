@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import fsum
 from statistics import fmean, median
@@ -66,7 +66,6 @@ CLAIMED_GAP = CLAIMED["penalised"] - CLAIMED["baseline"]
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return every number of the report, named."""
     finals, config = table(records, "final"), first_facts(records, "config")
     against = {arm: compared(finals, arm, "test_loss") for arm in COMPARED}
     return {
@@ -89,60 +88,50 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
 
 
 def compared(finals: list[dict[str, Any]], arm: str, measure: str) -> dict[str, Any]:
-    """Compare an arm with its baseline in one measure of the final runs, paired by seed."""
     return compare_arms(finals, measure, ARMS[arm].base, arm, ratio=measure in RATIOS)
 
 
 def arm_findings(records: list[Row], config: Mapping[str, Any], arm: str) -> dict[str, Any]:
-    """Return what tuning chose for one arm, and mean and spread of its final runs."""
     finals, trials = table(records, "final", arm=arm), table(records, "trial", arm=arm)
     chosen = {name: finals[0][name] for name in ("learning_rate", "strength", "activation")}
     own_rate = ARMS[arm].base == arm or arm == "own-rate"
     searched = {"learning_rate": "learning_rates" * own_rate, "strength": ARMS[arm].grid}
-    edges = [
-        name.replace("_", " ")
-        for name, grid in searched.items()
-        if grid and chosen[name] in ends(config[grid])
-    ]
-    last = [
-        row
+    grids = {name: grid_values(config[grid]) for name, grid in searched.items() if grid}
+    shares = [
+        chosen["strength"] * row["batch_penalty"] / row["batch_loss"]
         for row in table(records, "epoch", arm=arm, epoch=config["epochs"])
         if row["batch_penalty"] is not None
     ]
-    shares = [chosen["strength"] * row["batch_penalty"] / row["batch_loss"] for row in last]
     return {
         **chosen,
-        "at_edge": edges,
+        "at_edge": [
+            name.replace("_", " ")
+            for name, grid in grids.items()
+            if chosen[name] in (min(grid), max(grid))
+        ],
         "num_trials_diverged": len({row["trial"] for row in trials if row["val_loss"] is None}),
         "penalty_share": fmean(shares) if shares else None,
         **{measure: summary([row.get(measure) for row in finals]) for measure in MEASURES},
     }
 
 
-def ends(column: str | float | int) -> tuple[float, float]:
-    """Return both ends of a grid."""
-    values = grid_values(column)
-    return min(values), max(values)
-
-
 def placebo(records: list[Row]) -> dict[str, Any]:
     """Return whether the placebo's curves and final runs are the baseline's, number by number."""
-    same = 0
+
+    def shared(arm: str, seed: int) -> list[dict[str, Any]]:
+        of_run = {"arm": arm, "seed": seed}
+        rows = table(records, "epoch", **of_run) + table(records, "final", **of_run)
+        return [{k: v for k, v in row.items() if k not in NOT_SHARED} for row in rows]
+
     seeds = {row["seed"] for row in table(records, "final")}
-    for seed in seeds:
-        runs = []
-        for arm in ("baseline", "placebo"):
-            rows = table(records, "epoch", arm=arm, seed=seed)
-            rows += table(records, "final", arm=arm, seed=seed)
-            runs.append([{k: v for k, v in row.items() if k not in NOT_SHARED} for row in rows])
-        same += runs[0] == runs[1]
+    same = sum(shared("baseline", seed) == shared("placebo", seed) for seed in seeds)
     return {"num_same": same, "num_seeds": len(seeds), "coincides": same == len(seeds)}
 
 
-def seconds_of(records: list[Row], timings: Mapping[str, float], arm: str, what: str) -> Any:
-    """Return the median seconds of an arm's final runs for one part of the work."""
-    cells = [f"{row['cell']}/{what}" for row in table(records, "final", arm=arm)]
-    known = [timings[cell] for cell in cells if cell in timings]
+def seconds(rows: Iterable[Row], timings: Mapping[str, float], what: str) -> Any:
+    """Return the median seconds that the cells of the rows took for one part of their work."""
+    parts = {f"{row['cell']}/{what}" for row in rows}
+    known = [timings[part] for part in parts if part in timings]
     return median(known) if known else None
 
 
@@ -153,16 +142,12 @@ def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     the cost of one seed of them; ``without_exact``: the same without the arm that torch autograd
     does not train to its end.
     """
-    train = {arm: seconds_of(records, timings, arm, "train") for arm in ARMS}
-    measure = seconds_of(records, timings, "baseline", "measure")
-    cells = {row["cell"] for row in table(records, "torch")}
-
-    def by_torch(what: str) -> Any:
-        known = [timings[f"{cell}/{what}"] for cell in cells if f"{cell}/{what}" in timings]
-        return median(known) if known else None
-
-    torch = {arm: by_torch(f"train-{arm}") for arm in ARMS}
-    torch_measure = by_torch("measure")
+    finals = {arm: table(records, "final", arm=arm) for arm in ARMS}
+    by_torch = table(records, "torch")
+    train = {arm: seconds(rows, timings, "train") for arm, rows in finals.items()}
+    measure = seconds(finals["baseline"], timings, "measure")
+    torch = {arm: seconds(by_torch, timings, f"train-{arm}") for arm in ARMS}
+    torch_measure = seconds(by_torch, timings, "measure")
     found: dict[str, Any] = {
         "train": train,
         "relative": {arm: ratio(s, train["baseline"]) for arm, s in train.items()},
@@ -176,12 +161,10 @@ def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     }
     if torch_measure is None or None in (*torch.values(), measure, *train.values()):
         return found
-    nets = {arm: len(table(records, "final", arm=arm)) for arm in ARMS}
+    nets = {arm: len(rows) for arm, rows in finals.items()}
     trainings = {arm: nets[arm] + len(table(records, "trial", arm=arm)) for arm in ARMS}
-    for name, arms in (
-        ("protocol_ratio", list(ARMS)),
-        ("without_exact", [arm for arm in ARMS if arm != "exact"]),
-    ):
+    for name, left_out in (("protocol_ratio", ""), ("without_exact", "exact")):
+        arms = [arm for arm in ARMS if arm != left_out]
         ours = fsum(trainings[arm] * train[arm] + nets[arm] * measure for arm in arms)
         theirs = fsum(trainings[arm] * torch[arm] + nets[arm] * torch_measure for arm in arms)
         found[name] = theirs / ours
@@ -189,7 +172,6 @@ def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """Return a / b, or None where there is none."""
     return a / b if a is not None and b else None
 
 
@@ -198,14 +180,11 @@ def equal_time(records: list[Row], timings: Mapping[str, float]) -> dict[str, An
     num, found = table(records, "config")[0]["epochs"], dict[str, Any]()
     for arm in COMPARED:
         base = ARMS[arm].base
-        share = ratio(*(seconds_of(records, timings, name, "train") for name in (base, arm)))
-        if share is None:
-            continue
-        epochs = {base: num, arm: min(num, round(num * share))}
-        rows = [
-            row
-            for row in table(records, "epoch")
-            if row["arm"] in epochs and row["epoch"] == epochs[row["arm"]]
-        ]
-        found[arm] = {**compare_arms(rows, "val_loss", base, arm), "epoch": epochs[arm]}
+        finals = (table(records, "final", arm=name) for name in (base, arm))
+        share = ratio(*(seconds(rows, timings, "train") for rows in finals))
+        if share is not None:
+            epoch = min(num, round(num * share))
+            rows = table(records, "epoch", arm=base, epoch=num)
+            rows += table(records, "epoch", arm=arm, epoch=epoch)
+            found[arm] = {**compare_arms(rows, "val_loss", base, arm), "epoch": epoch}
     return found

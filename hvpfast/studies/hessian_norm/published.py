@@ -22,13 +22,12 @@ import numpy as np
 from hvpfast.lab.data.splits import Data, fold
 from hvpfast.lab.report import plots, words
 from hvpfast.lab.report.comparison import LEVEL, compare_arms, summary
-from hvpfast.lab.report.records import by_seed, first_facts, table
+from hvpfast.lab.report.records import first_facts, known, table
 from hvpfast.lab.report.template import render
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
 from hvpfast.studies.hessian_norm.findings import CLAIMED_GAP, QUESTION
 from hvpfast.studies.hessian_norm.report import TEMPLATES
-from hvpfast.studies.hessian_norm.report import headline as headline
 from hvpfast.studies.hessian_norm.train import Setting, Shape, train
 
 if TYPE_CHECKING:
@@ -43,12 +42,10 @@ CLAIMED_NULL = {"baseline": 1.1799, "penalised": 1.1622}
 
 
 def plan(repetitions: int) -> list[str]:
-    """Return the key of every repetition's cell."""
     return [f"repetition-{number:03d}" for number in range(repetitions)]
 
 
 def experiment(config: Any, shape: Shape, data: Data, cell: Cell) -> None:
-    """Repeat the whole protocol."""
     tasks: list[Task] = [
         (key, partial(repetition_rows, shape, config.activation, data, i), describe)
         for i, key in enumerate(plan(config.repetitions))
@@ -73,13 +70,12 @@ def repetition_rows(
             trained = train(short, data, setting, f"tune-{number}-{arm}", trial)
             losses = [row["val_loss"] for row in trained.epochs[1:]]
             loss = min(filter(math.isfinite, losses), default=math.inf)
-            values = {"learning_rate": setting.learning_rate, "strength": setting.strength}
-            yield {"table": "trial", **head, "trial": trial, **values, "val_loss": loss}
+            yield {"table": "trial", **head, "trial": trial, **setting.columns, "val_loss": loss}
             if loss < lowest:
                 best, lowest = setting, loss
         row = {"table": "repetition", **head}
         if best is not None:
-            row |= {"learning_rate": best.learning_rate, "strength": best.strength}
+            row |= best.columns
             finals = [train(shape, data, best, f"final-{number}", seed, arm) for seed in SEEDS]
             if not any(trained.diverged for trained in finals):
                 row["val_loss"] = fmean(t.epochs[-1]["val_loss"] for t in finals)
@@ -88,14 +84,12 @@ def repetition_rows(
 
 
 def describe(rows: list[Row]) -> str:
-    """Return a repetition's line of progress."""
     finals: list[dict[str, Any]] = table(rows, "repetition")
     told = [f"{row['arm']} {words.number(row.get('val_loss'))}" for row in finals]
     return f"repetition {rows[0]['repetition']:<3}  final loss: {', '.join(told)}"
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return every number of the report, named."""
     rows = table(records, "repetition")
     return {
         "protocol": "published",
@@ -113,22 +107,10 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
 
 
 def arm_findings(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
-    """Return spreads of an arm's losses over repetitions, and the median of its chosen rates."""
     mine = [row for row in rows if row["arm"] == arm]
     losses = {name: summary([row.get(name) for row in mine]) for name in ("val_loss", "lowest")}
-    return {**losses, "learning_rate": middle([row.get("learning_rate") for row in mine])}
-
-
-def middle(values: list[float | None]) -> float | None:
-    """Return the median of the values that are not None."""
-    there = [value for value in values if value is not None]
-    return median(there) if there else None
-
-
-def differences(rows: list[dict[str, Any]], arm: str) -> list[float]:
-    """Return an arm's final loss minus the baseline's, repetition by repetition."""
-    found = by_seed(rows, "val_loss", ("baseline", arm))
-    return [b - a for a, b in zip(found["baseline"], found[arm], strict=True)]
+    rates = [row["learning_rate"] for row in mine if known(row, "learning_rate")]
+    return {**losses, "learning_rate": median(rates) if rates else None}
 
 
 def against_baseline(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
@@ -137,7 +119,7 @@ def against_baseline(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     ``as_large``: the share of repetitions whose difference is at least as far below zero as the
     published one; ``wins``: the share below zero at all.
     """
-    changes = differences(rows, arm)
+    changes = plots.paired_changes(rows, "val_loss", "baseline", arm)
     return {
         **compare_arms(rows, "val_loss", "baseline", arm),
         "sd": stdev(changes) if len(changes) > 1 else None,
@@ -147,7 +129,6 @@ def against_baseline(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Return report.md without its environment section."""
     sd = found["comparison"]["placebo"]["sd"]
     return render(
         TEMPLATES / "published.md.jinja",
@@ -165,7 +146,10 @@ def report(found: Mapping[str, Any]) -> str:
 def figures(records: list[Row]) -> dict[str, Figure]:
     """Return the figure: differences per repetition, and final losses over chosen rates."""
     rows = table(records, "repetition")
-    pairs = {arm: differences(rows, arm) for arm in ("placebo", "penalised")}
+    pairs = {
+        arm: plots.paired_changes(rows, "val_loss", "baseline", arm)
+        for arm in ("placebo", "penalised")
+    }
     found = {arm: against_baseline(rows, arm) for arm in pairs}
     figure, (left, right) = plots.new_figure(2, width=5.4)
     own = dict(zip(METHODS, plots.COLORS, strict=False))
@@ -176,8 +160,8 @@ def figures(records: list[Row]) -> dict[str, Figure]:
     plots.legend(left)
     plots.label(left, "Final loss minus the baseline's", "lower is better")
     for i, arm in enumerate(METHODS):
-        known = [row for row in rows if row["arm"] == arm and row.get("val_loss") is not None]
-        x, y = [row["learning_rate"] for row in known], [row["val_loss"] for row in known]
+        mine = [row for row in rows if row["arm"] == arm and known(row, "val_loss")]
+        x, y = [row["learning_rate"] for row in mine], [row["val_loss"] for row in mine]
         right.scatter(x, y, s=26, color=plots.COLORS[i], alpha=0.75, lw=0, label=arm)
     plots.log_axis(right, "x", [LOW, HIGH])
     plots.legend(right)

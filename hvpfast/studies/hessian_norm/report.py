@@ -19,8 +19,8 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Return report.md without its environment section."""
     arms = [(arm.title, found["arms"][name]) for name, arm in ARMS.items()]
+    gap, sd = found["comparison"]["test_loss"]["mean"], found["arms"]["baseline"]["test_loss"]["sd"]
     return render(
         TEMPLATES / "report.md.jinja",
         **found,
@@ -29,14 +29,7 @@ def report(found: Mapping[str, Any]) -> str:
         COMPARED=COMPARED,
         MEASURES=MEASURES,
         grid_values=grid_values,
-        gap_in_deviations=gap_in_deviations(found),
+        gap_in_deviations=abs(gap) / sd if gap is not None and sd else None,
         at_edge=[(what, title) for title, arm in arms for what in arm["at_edge"]],
         diverged_trials=[(n, title) for title, arm in arms if (n := arm["num_trials_diverged"])],
     )
-
-
-def gap_in_deviations(found: Mapping[str, Any]) -> float | None:
-    """Return the size of the primary difference in standard deviations of the baseline's seeds."""
-    mean = found["comparison"]["test_loss"]["mean"]
-    sd = found["arms"]["baseline"]["test_loss"]["sd"]
-    return abs(mean) / sd if mean is not None and sd else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hvpfast.lab.data.splits import Data, Split
 from hvpfast.lab.measure.torch_baseline import squared_products
 from hvpfast.lab.measure.training import score
-from hvpfast.studies.hessian_norm.train import Setting, Shape, batches, initial
+from hvpfast.studies.hessian_norm.train import Setting, Shape, adam, batches, initial
 
 COLUMNS = 32
 """Products that are vectorised together where the whole Hessian is needed."""
@@ -34,14 +34,12 @@ def torch_rows(
     Of the exact arm one step is taken, and its time counted as often as a training has steps.
     """
     for arm, setting in settings.items():
+        one_step = setting.method == "exact"
         start = time.perf_counter()
-        if setting.method == "exact":
-            steps = shape.epochs * math.ceil(len(data.train.y) / shape.batch_size)
-            model = train_by_torch(shape, data, setting, "final", seed, max_steps=1)
-        else:
-            steps = 1
-            model = train_by_torch(shape, data, setting, "final", seed)
-        seconds = steps * (time.perf_counter() - start)
+        model = train_by_torch(shape, data, setting, "final", seed, 1 if one_step else None)
+        seconds = time.perf_counter() - start
+        if one_step:
+            seconds *= shape.epochs * math.ceil(len(data.train.y) / shape.batch_size)
         yield {"table": "timing", "what": f"train-{arm}", "seconds": seconds}
         yield {"table": "torch", "arm": arm, "seed": seed, "val_loss": score(model, data.val)[0]}
     start = time.perf_counter()
@@ -61,9 +59,7 @@ def train_by_torch(
     """Return a network trained as `train` does it, for at most `max_steps` steps."""
     model = initial(shape, data, setting.activation, purpose, seed).to_sequential()
     params = list(model.parameters())
-    decay = setting.strength if setting.method == "plain" else 0.0
-    optimizer = torch.optim.AdamW(params, lr=setting.learning_rate, weight_decay=decay, fused=True)
-    steps = itertools.count(1)
+    optimizer, steps = adam(params, setting), itertools.count(1)
     for epoch in batches(shape, data, purpose, seed):
         for batch, probe_seed in epoch:
             optimizer.zero_grad()

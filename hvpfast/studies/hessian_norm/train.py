@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ class Setting:
     learning_rate: float
     strength: float = 0.0
     """rho; for sam its radius; for plain the (decoupled) weight decay."""
+
+    @property
+    def columns(self) -> dict[str, float]:
+        return {"learning_rate": self.learning_rate, "strength": self.strength}
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,7 @@ def train(
     An `order` names streams of batches and probes of its own; the initial weights stay the same.
     """
     model = initial(shape, data, setting.activation, purpose, seed)
-    step = step_of(shape, model, setting)
-    decay = setting.strength if setting.method == "plain" else 0.0
-    optimizer = torch.optim.AdamW(
-        [model.flat], lr=setting.learning_rate, weight_decay=decay, fused=True
-    )
+    step, optimizer = step_of(shape, model, setting), adam([model.flat], setting)
     trained = Trained(model, [epoch_row(0, model, data)])
     num, schedule = len(data.train.y), batches(shape, data, purpose + order, seed)
     try:
@@ -95,6 +95,11 @@ def train(
     except Diverged:
         trained.diverged = True
     return trained
+
+
+def adam(params: Iterable[Tensor], setting: Setting) -> torch.optim.Optimizer:
+    decay = setting.strength if setting.method == "plain" else 0.0
+    return torch.optim.AdamW(params, lr=setting.learning_rate, weight_decay=decay, fused=True)
 
 
 def initial(shape: Shape, data: Data, activation: str, purpose: str, seed: int) -> hf.MLP:
@@ -162,29 +167,14 @@ def step_of(shape: Shape, model: hf.MLP, setting: Setting) -> Step:
             model.flat.copy_(there)
         return loss, None, grad
 
-    steps: dict[str, Step] = {
-        "plain": plain,
-        "penalised": penalised,
-        "placebo": placebo,
-        "exact": exact,
-        "sam": sam,
-    }
-    return steps[setting.method]
+    steps: tuple[Step, ...] = (plain, penalised, placebo, exact, sam)
+    return {step.__name__: step for step in steps}[setting.method]
 
 
 def epoch_row(
-    epoch: int,
-    model: hf.MLP,
-    data: Data,
-    batch_loss: float | None = None,
-    batch_penalty: float | None = None,
+    epoch: int, model: hf.MLP, data: Data, loss: float | None = None, penalty: float | None = None
 ) -> dict[str, Any]:
     """Return a point of the curve: means over the epoch's batches, and validation after it."""
-    val_loss, val_accuracy = score(model, data.val)
-    return {
-        "epoch": epoch,
-        "batch_loss": batch_loss,
-        "batch_penalty": batch_penalty,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-    }
+    row = {"epoch": epoch, "batch_loss": loss, "batch_penalty": penalty}
+    row["val_loss"], row["val_accuracy"] = score(model, data.val)
+    return row
