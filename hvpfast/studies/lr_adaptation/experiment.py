@@ -26,10 +26,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,53 +38,46 @@ from hvpfast.lab.data.splits import Data, describe_data, fold
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.measure.training import score
 from hvpfast.lab.measure.tuning import Point, minimise
+from hvpfast.lab.report.records import mean_of
+from hvpfast.lab.runs import run as runs
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row, StudyError
 from hvpfast.lab.runs.progress import Cell, Task
-from hvpfast.lab.runs.run import Study
-from hvpfast.lab.runs.run import run as run_study
 from hvpfast.studies.lr_adaptation.config import PRESETS, Config
 from hvpfast.studies.lr_adaptation.figures import figures
 from hvpfast.studies.lr_adaptation.findings import ARMS, QUESTION, STUDIED, findings
 from hvpfast.studies.lr_adaptation.measure import proxy_rows
-from hvpfast.studies.lr_adaptation.published import published_report
-from hvpfast.studies.lr_adaptation.report import headline, sound_report
+from hvpfast.studies.lr_adaptation.report import headline, report
 from hvpfast.studies.lr_adaptation.train import Stream, Trained, spec, time_steps, train
 
 RANDOM_TRIALS = 10
 """Trials that TPE draws at random before it starts, as is Optuna's default."""
 
+mean_loss = partial(mean_of, measure="val_loss")
+
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the facts that decide the numbers; see `engine_of`."""
     return engine_of(config, spec(config))
 
 
 def load(config: Config) -> Data:
     """Return the splits of mnist1d; as published, validation is the test split."""
-    dtype = getattr(torch, config.dtype)
-    val_fraction = config.val_fraction if config.protocol == "sound" else 0.0
-    return mnist1d(config.num_samples, val_fraction, config.root_seed, dtype)
+    fraction = config.val_fraction if config.protocol == "sound" else 0.0
+    return mnist1d(config.num_samples, fraction, config.root_seed, getattr(torch, config.dtype))
 
 
 def trial_row(arm: str, seed: int, trial: int, rate: float, trained: Trained) -> dict[str, Any]:
-    """Return the row of one tuning training; without the target reached, all steps count."""
-    row: dict[str, Any] = {
-        "table": "trial",
-        "arm": arm,
-        "seed": seed,
-        "trial": trial,
-        "learning_rate": rate,
+    row = {"table": "trial", "arm": arm, "seed": seed, "trial": trial, "learning_rate": rate}
+    ended = not trained.diverged
+    return {
+        **row,
+        "val_loss": trained.epochs[-1]["val_loss"] if ended else None,
+        "steps_to_target": trained.steps_to_target,
+        "steps_counted": trained.steps_counted if ended else None,
     }
-    reached, last = trained.steps_to_target, trained.epochs[-1]["val_loss"]
-    if trained.diverged:
-        return {**row, "val_loss": None, "steps_to_target": reached, "steps_counted": None}
-    counted = reached or trained.num_steps
-    return {**row, "val_loss": last, "steps_to_target": reached, "steps_counted": counted}
 
 
 def trial_rows(config: Config, data: Data, arm: str, trial: int) -> Iterator[dict[str, Any]]:
-    """Train at one learning rate from every tuning seed; yield a row each."""
     rate = config.learning_rates[trial]
     for seed in config.tune_seeds:
         stream = ("tune", seed)
@@ -94,7 +86,6 @@ def trial_rows(config: Config, data: Data, arm: str, trial: int) -> Iterator[dic
 
 
 def best_rate(arm: str, trials: list[list[Row]]) -> float:
-    """Return the learning rate with the lowest mean validation loss after the last epoch."""
     rows = min(trials, key=mean_loss)
     if mean_loss(rows) == math.inf:
         raise StudyError(f"every tuning trial of the arm {arm} diverged. Lower --learning-rates")
@@ -105,17 +96,6 @@ def fastest_rate(trials: list[list[Row]]) -> float:
     """Return the learning rate with the fewest mean steps to the target; of equals, the best."""
     rows = min(trials, key=lambda rows: (mean_of(rows, "steps_counted"), mean_loss(rows)))
     return float(rows[0]["learning_rate"] or 0)
-
-
-def mean_loss(rows: list[Row]) -> float:
-    """Return the mean validation loss of a trial; infinite where a training diverged."""
-    return mean_of(rows, "val_loss")
-
-
-def mean_of(rows: list[Row], name: str) -> float:
-    """Return the mean of a column over a trial; infinite where a training diverged."""
-    values = [row[name] for row in rows]
-    return fmean(v if isinstance(v, (int, float)) else math.inf for v in values)
 
 
 def final_rows(
@@ -139,7 +119,7 @@ def final_rows(
     final["diverged"] = trained.diverged
     if not trained.diverged and trained.best_flat is not None:
         final["num_steps"], final["steps_to_target"] = trained.num_steps, trained.steps_to_target
-        final["steps_counted"] = trained.steps_to_target or trained.num_steps
+        final["steps_counted"] = trained.steps_counted
         final["best_epoch"] = trained.best_epoch
         final["val_loss"] = trained.epochs[-1]["val_loss"]
         final["val_lowest"] = trained.epochs[trained.best_epoch]["val_loss"]
@@ -185,20 +165,17 @@ def repeat_rows(config: Config, data: Data, arm: str, seed: int) -> Iterator[dic
 
 
 def data_rows(data: Data) -> Iterator[dict[str, Any]]:
-    """Describe the data, and score a constant and the best linear prediction."""
     yield data.row
     yield {"table": "trivial", **constant_prediction(data)}
     yield {"table": "linear", **linear_prediction(data)}
 
 
 def describe_trial(rows: list[Row]) -> str:
-    """Return the line of progress: arm, learning rate, mean validation loss."""
     row = rows[0]
     return f"tune   {row['arm']:<14}  lr {row['learning_rate']:.1e}  val loss {mean_loss(rows):.4f}"
 
 
 def describe_final(rows: list[Row]) -> str:
-    """Return the line of progress: arm, seed, learning rate, steps to the target, test loss."""
     row = rows[-1]
     head = f"final  {row['arm']:<14}  seed {row['seed']:<2}  lr {row['learning_rate']:.1e}"
     if row["diverged"]:
@@ -208,12 +185,10 @@ def describe_final(rows: list[Row]) -> str:
 
 
 def describe_proxies(rows: list[Row]) -> str:
-    """Return the line of progress: the training that the proxies were measured along."""
     return f"proxies along {rows[0]['trajectory']}, seed {rows[0]['seed']}"
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in the order of the records."""
     if config.protocol == "published":
         return ["data", *(f"repeat-{arm}-{s:03d}" for s in config.seeds for arm in STUDIED)]
     tuning = [f"tune-{arm}-{i:02d}" for arm in ARMS for i in range(len(config.learning_rates))]
@@ -234,15 +209,13 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
         cell.together(tasks)
         return
     cell("cost", partial(time_steps, config, data, ARMS), lambda _: "time of a step of every arm")
-    pairs = list(itertools.product(ARMS, range(len(config.learning_rates))))
-    trials = cell.together(
-        [
-            (f"tune-{arm}-{i:02d}", partial(trial_rows, config, data, arm, i), describe_trial)
-            for arm, i in pairs
-        ]
-    )
-    found = {arm: [rows for pair, rows in zip(pairs, trials, strict=True) if pair[0] == arm]
-             for arm in ARMS}  # fmt: skip
+    grid = range(len(config.learning_rates))
+    tunings: list[Task] = [
+        (f"tune-{arm}-{i:02d}", partial(trial_rows, config, data, arm, i), describe_trial)
+        for arm, i in itertools.product(ARMS, grid)
+    ]
+    trials = iter(cell.together(tunings))
+    found = {arm: [next(trials) for _ in grid] for arm in ARMS}
     rates = {arm: best_rate(arm, found[arm]) for arm in ARMS}
     speed = {arm: fastest_rate(found[arm]) for arm in ARMS}
     for seed, arm in itertools.product(config.seeds, ARMS):
@@ -255,12 +228,7 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
     cell.together(tasks)
 
 
-def report(found: Mapping[str, Any]) -> str:
-    """Return report.md without its last section, the environment."""
-    return published_report(found) if found["protocol"] == "published" else sound_report(found)
-
-
-STUDY = Study(
+STUDY = runs.Study(
     name="lr-adaptation",
     module="hvpfast.studies.lr_adaptation",
     question=QUESTION,
@@ -276,4 +244,4 @@ STUDY = Study(
     headline=headline,
 )
 
-run = partial(run_study, STUDY)
+run = partial(runs.run, STUDY)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hvpfast.lab.report import plots, words
 from hvpfast.lab.report.comparison import LEVEL
-from hvpfast.lab.report.records import by_seed, known, table
+from hvpfast.lab.report.records import by_seed, grid_values, known, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.lr_adaptation import findings
 from hvpfast.studies.lr_adaptation.findings import ARMS, CLAIMS, STUDIED
@@ -25,6 +25,7 @@ PANELS = {
     "Curvatures, all on Adam": ("adam", "difference", "secant", "hutchinson", "exact"),
     "Other bases": ("adam", "adahessian", "sgd", "difference-sgd"),
 }
+SHORT = {p: ARMS[p] if p in ADAMS else ARMS[p].split(",")[0] for p in PROXIES}
 SCATTERED = ("difference", "secant", "hutchinson", "exact", "adam")
 TITLES = {
     "steps_tuned": "Steps, rate for speed",
@@ -36,7 +37,6 @@ TITLES = {
 
 
 def figures(records: list[Row]) -> dict[str, Figure]:
-    """Return the figures by file name."""
     if table(records, "config")[0]["protocol"] == "published":
         return {
             "curves.png": repeated_curves(records),
@@ -89,16 +89,11 @@ def band(ax: Axes, runs: Any, arm: str) -> None:
 
 
 def measures(records: list[Row]) -> Figure:
-    """Draw every final run's four measures, a row per arm."""
+    """Draw every final run's measures, a row per arm."""
     finals = table(records, "final")
-    claims = findings.measures_of(table(records, "config")[0])
-    figure, axes = plots.new_figure(len(claims), width=3.3, height=4.2)
-    for ax, claim in zip(axes, claims, strict=True):
-        found = {ARMS[a]: by_seed(finals, claim, (a,))[a] for a in ARMS}
-        plots.dots(ax, found)
-        few_ticks(ax)
-        if ax is not axes[0]:
-            ax.set_yticklabels([])
+    figure, panels = claim_panels(records)
+    for claim, ax in panels.items():
+        plots.dots(ax, {ARMS[a]: by_seed(finals, claim, (a,))[a] for a in ARMS})
         plots.label(ax, TITLES[claim])
     plots.caption(
         figure,
@@ -108,12 +103,11 @@ def measures(records: list[Row]) -> Figure:
 
 
 def differences(records: list[Row]) -> Figure:
-    """Draw every arm's paired differences from Adam in the four measures."""
+    """Draw every arm's paired differences from Adam in every measure."""
     finals = table(records, "final")
     arms = [arm for arm in ARMS if arm != "adam"]
-    claims = findings.measures_of(table(records, "config")[0])
-    figure, axes = plots.new_figure(len(claims), width=3.3, height=4.2)
-    for ax, claim in zip(axes, claims, strict=True):
+    figure, panels = claim_panels(records)
+    for claim, ax in panels.items():
         found = {ARMS[arm]: findings.compared(finals, claim, "adam", arm) for arm in arms}
         ratio = any(result["kind"] == "ratio" for result in found.values())
         pairs = {
@@ -122,10 +116,6 @@ def differences(records: list[Row]) -> Figure:
         plots.forest(ax, pairs, found, zero=1.0 if ratio else 0.0)
         if ratio:
             plots.log_axis(ax, "x", [v for values in pairs.values() for v in values])
-        else:
-            few_ticks(ax)
-        if ax is not axes[0]:
-            ax.set_yticklabels([])
         plots.label(ax, TITLES[claim] + " (ratio)" * ratio)
     plots.caption(
         figure,
@@ -135,16 +125,20 @@ def differences(records: list[Row]) -> Figure:
     return figure
 
 
-def few_ticks(ax: Axes) -> None:
-    """Draw at most four intervals between ticks, whose numbers would touch in a narrow panel."""
-    ax.locator_params(axis="x", nbins=4)
+def claim_panels(records: list[Row]) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with a narrow panel per measure; the first alone names the rows."""
+    claims = findings.measures_of(table(records, "config")[0])
+    figure, axes = plots.new_figure(len(claims), width=3.3, height=4.2)
+    for ax in axes:
+        ax.locator_params(axis="x", nbins=4)  # the numbers of more would touch
+        ax.tick_params(axis="y", labelleft=ax is axes[0])
+    return figure, dict(zip(claims, axes, strict=True))
 
 
 def tuning(records: list[Row]) -> Figure:
     """Draw every learning rate that was tried: last validation loss, and steps to the target."""
     config = table(records, "config")[0]
-    finals, grid = table(records, "final"), findings.learning_rates(config)
-    chosen = {row["arm"]: row["learning_rate"] for row in finals}
+    chosen = {row["arm"]: row["learning_rate"] for row in table(records, "final")}
     figure, (left, right) = plots.new_figure(2, width=6.0, height=4.4)
     reached = table(records, "trivial")[0]["test_loss"]
     for arm in ARMS:
@@ -162,7 +156,7 @@ def tuning(records: list[Row]) -> Figure:
     lowest = min([float(np.min(line.get_ydata())) for line in left.lines], default=0.0)
     left.set_ylim(lowest - 0.05 * (reached - lowest), reached * 1.05)
     for ax in (left, right):
-        plots.log_axis(ax, "x", grid)
+        plots.log_axis(ax, "x", grid_values(config["learning_rates"]))
     handles, labels = left.get_legend_handles_labels()
     right.legend(handles, labels, frameon=False, fontsize=9, labelcolor=plots.INK,
                  loc="center left", bbox_to_anchor=(1.0, 0.5))  # fmt: skip
@@ -190,10 +184,9 @@ def proxies(records: list[Row]) -> Figure:
             if there:
                 guide(ax, x, values, what, name)
             decades(ax, x, values)
-            title = ARMS[name].split(",")[0] if name not in ADAMS else ARMS[name]
             left = "root of the second moment" if column == 0 else ""
             xlabel = "exact diagonal" if what == "curvature" else "noise σ"
-            plots.label(ax, title if row == 0 else "", xlabel, left)
+            plots.label(ax, SHORT[name] if row == 0 else "", xlabel, left)
     epoch = max((row["epoch"] for row in table(records, "proxy")), default=0)
     plots.caption(
         figure,
@@ -242,17 +235,16 @@ def similarity(records: list[Row]) -> Figure:
         strict=False,
     ):
         found = {
-            (ARMS[p] if p in ADAMS else ARMS[p].split(",")[0]): [
-                r[what] for r in rows if (r["proxy"], r["epoch"]) == (p, last)
-            ]
-            for p in PROXIES
+            title: [r[what] for r in rows if (r["proxy"], r["epoch"]) == (proxy, last)]
+            for proxy, title in SHORT.items()
         }
         plots.dots(ax, found)
         plots.label(ax, title)
     cosines = table(records, "similarity", trajectory="difference")
     for control in ADAMS:
         there = [row for row in cosines if row["control"] == control]
-        runs = [[r["cosine"] for r in there if r["seed"] == s] for s in seeds_of(there)]
+        seeds = dict.fromkeys(row["seed"] for row in there)
+        runs = [[r["cosine"] for r in there if r["seed"] == seed] for seed in seeds]
         for values in runs:
             axes[2].plot(range(1, len(values) + 1), values, color=COLOR[control], lw=0.7, alpha=0.4)
         if runs:
@@ -267,11 +259,6 @@ def similarity(records: list[Row]) -> Figure:
         "means. Right: same gradients, along the wrapper's trainings.",
     )
     return figure
-
-
-def seeds_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the seeds of the rows, each once, in their order."""
-    return list(dict.fromkeys(row["seed"] for row in rows))
 
 
 def repeated_curves(records: list[Row]) -> Figure:
@@ -306,7 +293,7 @@ def repeated_measures(records: list[Row]) -> Figure:
 
 def searches(records: list[Row]) -> Figure:
     """Draw every trial of every repeat's search, and the learning rates that were chosen."""
-    grid = findings.learning_rates(table(records, "config")[0])
+    grid = grid_values(table(records, "config")[0]["learning_rates"])
     figure, axes = plots.new_figure(2, width=5.0)
     for ax, arm in zip(axes, STUDIED, strict=True):
         rows = [row for row in table(records, "trial", arm=arm) if row["val_loss"] is not None]

@@ -56,7 +56,6 @@ CORRELATIONS = (
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return every number of the report, named."""
     finals, config = table(records, "final"), first_facts(records, "config")
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in finals)]
     claims = measures_of(config)
@@ -101,7 +100,6 @@ def measures_of(config: Mapping[str, Any]) -> dict[str, str]:
 def compared(
     finals: Sequence[Mapping[str, Any]], claim: str, base: str, arm: str
 ) -> dict[str, Any]:
-    """Compare two arms in one measure of the final runs, paired by seed."""
     return compare_arms(finals, claim, base, arm, ratio=claim in RATIOS)
 
 
@@ -113,9 +111,8 @@ def wins(finals: Sequence[Mapping[str, Any]], claim: str) -> dict[str, int]:
 
 
 def arm_findings(records: list[Row], timings: Mapping[str, float], arm: str) -> dict[str, Any]:
-    """Return an arm's learning rates, the time of its step, and spreads of its final runs."""
     config, finals = table(records, "config")[0], table(records, "final", arm=arm)
-    grid = learning_rates(config)
+    grid = grid_values(config["learning_rates"])
     rates = [row["learning_rate"] for row in finals]
     trials = table(records, "trial", arm=arm)
     there = [row for row in finals if not row["diverged"]]
@@ -136,22 +133,16 @@ def arm_findings(records: list[Row], timings: Mapping[str, float], arm: str) -> 
     }
 
 
-def learning_rates(config: Mapping[str, Any]) -> list[float]:
-    """Return the learning rates that every arm tried, from the configuration's row."""
-    return grid_values(config["learning_rates"])
-
-
 def proxies(records: list[Row]) -> dict[str, Any]:
     """Return mean and spread over seeds of every correlation: [trajectory][epoch][proxy]."""
-    rows = table(records, "proxy")
     found: dict[str, Any] = {}
     for trajectory in STUDIED:
-        along = [row for row in rows if row["trajectory"] == trajectory]
+        along = table(records, "proxy", trajectory=trajectory)
         for epoch in sorted({row["epoch"] for row in along}):
+            at_epoch = found.setdefault(trajectory, {}).setdefault(str(epoch), {})
             for name in PROXIES:
                 there = [r for r in along if (r["epoch"], r["proxy"]) == (epoch, name)]
-                told = {what: summary([row[what] for row in there]) for what in CORRELATIONS}
-                found.setdefault(trajectory, {}).setdefault(str(epoch), {})[name] = told
+                at_epoch[name] = {k: summary([row[k] for row in there]) for k in CORRELATIONS}
     return found
 
 

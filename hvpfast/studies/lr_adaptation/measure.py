@@ -38,11 +38,11 @@ from hvpfast.lab.data.splits import Data, Split, fold, generator
 from hvpfast.lab.measure.training import Diverged, linearize
 from hvpfast.optim import HessianLRAdaptation
 from hvpfast.optim.diagonals import exact_diagonal
+from hvpfast.studies.lr_adaptation import train
 from hvpfast.studies.lr_adaptation.config import Config
-from hvpfast.studies.lr_adaptation.train import batches, make_optimizer, new_model, spec, take_step
 
 ADAMS = ("adam", "adam-0.99", "adam-0.9")
-PROXIES = (*ADAMS, "difference", "secant", "hutchinson", "exact")
+PROXIES = (*ADAMS, *train.CURVATURES)
 CHUNK = 256
 """Samples whose gradients are in memory at once."""
 NUM_POINTS = 300
@@ -54,7 +54,7 @@ class Ghost:
 
     def __init__(self, arm: str, like: torch.Tensor) -> None:
         self.param = torch.zeros_like(like)
-        self.optimizer: Any = make_optimizer(arm, self.param, 1.0, 0)
+        self.optimizer: Any = train.make_optimizer(arm, self.param, 1.0, 0)
 
     def update(self, gradient: torch.Tensor, operator: hf.Linearization | None = None) -> None:
         """Set `param` to the update that the gradient leads to."""
@@ -79,18 +79,19 @@ def proxy_rows(
     config: Config, data: Data, trajectory: str, rate: float, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Train one arm as in its final run, all proxies beside it; yield the rows of three tables."""
-    network, model, stream = spec(config), new_model(config, "final", seed), ("final", seed)
+    network, stream = train.spec(config), ("final", seed)
+    model = train.new_model(config, *stream)
     probes = fold(config.root_seed, "probes", *stream)
-    optimizer = make_optimizer(trajectory, model.flat, rate, probes)
+    optimizer = train.make_optimizer(trajectory, model.flat, rate, probes)
     still = torch.optim.SGD([model.flat], lr=0.0)
     secant = HessianLRAdaptation(still, "secant")
     ghosts = {arm: Ghost(arm, model.flat.detach()) for arm in PROXIES if arm != "secant"}
     about = {"trajectory": trajectory, "seed": seed}
     try:
-        for epoch, parts in enumerate(batches(config, data.train, stream, config.epochs), 1):
+        for epoch, parts in enumerate(train.batches(config, data.train, stream, config.epochs), 1):
             cosines: dict[str, list[float]] = {arm: [] for arm in ADAMS}
             for batch in parts:
-                take_step(config, network, model, secant, "secant", batch)
+                train.take_step(config, network, model, secant, "secant", batch)
                 lin = linearize(network, model, batch, config.backend, order=2)
                 for arm, ghost in ghosts.items():
                     needs = arm in ("hutchinson", "exact")
@@ -120,30 +121,29 @@ def compare_proxies(
     about: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Compare the proxies with the exact diagonal and with the noise; a row each."""
-    lin = linearize(spec(config), model, split, config.backend, order=2)
+    lin = linearize(train.spec(config), model, split, config.backend, order=2)
     h = exact_diagonal(lin).abs().double()
     sigma = gradient_noise(model, split) / math.sqrt(config.batch_size)
     first = ("adam", config.proxy_seeds[0])
     shown = epoch == max(config.proxy_epochs) and (about["trajectory"], about["seed"]) == first
     order = torch.randperm(len(h), generator=generator(config.root_seed, "scatter"))
     for name in PROXIES:
-        moment = moments[name]
-        if moment is None:
+        if (moment := moments[name]) is None:
             continue
         q = moment.detach().double()
         alive = (h > 0) & (sigma > 0) & (q > 0)  # a unit that is off for every sample has none
-        logs = {k: v[alive].log() for k, v in (("q", q), ("h", h), ("sigma", sigma))}
+        log_q, log_h, log_sigma = (values[alive].log() for values in (q, h, sigma))
         yield {
             "table": "proxy",
             **about,
             "epoch": epoch,
             "proxy": name,
             "num_coordinates": int(alive.sum()),
-            "curvature_rank": rank_correlation(logs["q"], logs["h"]),
-            "curvature_slope": slope(logs["q"], logs["h"]),
-            "noise_rank": rank_correlation(logs["q"], logs["sigma"]),
-            "noise_slope": slope(logs["q"], logs["sigma"]),
-            "noise_ratio": float((logs["q"] - logs["sigma"]).median().exp()),
+            "curvature_rank": rank_correlation(log_q, log_h),
+            "curvature_slope": slope(log_q, log_h),
+            "noise_rank": rank_correlation(log_q, log_sigma),
+            "noise_slope": slope(log_q, log_sigma),
+            "noise_ratio": float((log_q - log_sigma).median().exp()),
         }
         for i in order[alive[order]][:NUM_POINTS].tolist() if shown else ():
             point = {"curvature": float(h[i]), "noise": float(sigma[i]), "value": float(q[i])}

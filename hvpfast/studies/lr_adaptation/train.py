@@ -26,14 +26,8 @@ ROUNDS, ROUND_STEPS = 7, 20
 """Rounds of the timing, the first of which warms up, and steps of each arm in a round."""
 BETA2 = {"adam-0.99": 0.99, "adam-0.9": 0.9}
 """Arms that are Adam with a shorter memory of the squared gradients, by their beta2."""
-CURVATURE = {
-    "difference": "difference",
-    "secant": "secant",
-    "hutchinson": "hutchinson",
-    "exact": "exact",
-    "difference-sgd": "difference",
-}
-"""Arms that wrap an optimizer, by the curvature they scale with."""
+CURVATURES = ("difference", "secant", "hutchinson", "exact")
+"""What is scaled with: the arm of that name wraps Adam, the arm with "-sgd" behind it SGD."""
 NEEDS_HESSIAN = ("hutchinson", "exact", "adahessian")
 
 
@@ -51,9 +45,13 @@ class Trained:
     """The parameters at the epoch with the lowest validation loss."""
     diverged: bool = False
 
+    @property
+    def steps_counted(self) -> int:
+        """The steps to the target, or all where it is not reached."""
+        return self.steps_to_target or self.num_steps
+
 
 def spec(config: Config) -> hf.MLPSpec:
-    """Return the network 40-hidden-10 with mean cross-entropy."""
     return hf.MLPSpec((NUM_INPUTS, *config.hidden, NUM_CLASSES), activation=config.activation)
 
 
@@ -67,9 +65,8 @@ def make_optimizer(arm: str, param: torch.Tensor, rate: float, seed: int) -> Opt
     else:
         betas = (0.9, BETA2.get(arm, 0.999))
         base = torch.optim.Adam([param], lr=rate, betas=betas, fused=True)
-    if arm in CURVATURE:
-        return HessianLRAdaptation(base, CURVATURE[arm], seed=seed)
-    return base
+    curvature = arm.removesuffix("-sgd")
+    return HessianLRAdaptation(base, curvature, seed=seed) if curvature in CURVATURES else base
 
 
 def take_step(
@@ -97,14 +94,12 @@ def take_step(
 
 
 def new_model(config: Config, *stream: str | int) -> hf.MLP:
-    """Return a network with initial weights from a named stream."""
     init = generator(config.root_seed, "init", *stream)
     dtype = getattr(torch, config.dtype)
     return hf.MLP(spec(config).sizes, config.activation, dtype=dtype, generator=init)
 
 
 def batches(config: Config, train: Split, stream: Stream, epochs: int) -> Iterator[list[Split]]:
-    """Yield the batches of each epoch, in an order from a named stream."""
     order = generator(config.root_seed, "batches", *stream)
     for _ in range(epochs):
         yield shuffled(train, config.batch_size, order)
@@ -125,13 +120,11 @@ def train(
     network, model = spec(config), new_model(config, *init)
     optimizer = make_optimizer(arm, model.flat, rate, fold(config.root_seed, "probes", *order))
     trained = Trained(model)
-    lowest = math.inf
+    lowest, grain = math.inf, config.evaluations
     trained.epochs.append({"epoch": 0, "batch_loss": None, **scores(model, data.val)})
     try:
         for epoch, parts in enumerate(batches(config, data.train, order, epochs), 1):
-            marks = {
-                round(len(parts) * k / config.evaluations) for k in range(1, config.evaluations)
-            }
+            marks = {round(len(parts) * k / grain) for k in range(1, grain)}
             losses = []
             for i, batch in enumerate(parts, 1):
                 losses.append(take_step(config, network, model, optimizer, arm, batch))
@@ -162,9 +155,7 @@ def look(config: Config, trained: Trained, val_loss: float) -> None:
 
 
 def scores(model: hf.MLP, split: Split) -> dict[str, float]:
-    """Return the columns val_loss and val_accuracy."""
-    loss, accuracy = score(model, split)
-    return {"val_loss": loss, "val_accuracy": accuracy}
+    return dict(zip(("val_loss", "val_accuracy"), score(model, split), strict=True))
 
 
 def time_steps(config: Config, data: Data, arms: Iterable[str]) -> Iterator[dict[str, Any]]:
