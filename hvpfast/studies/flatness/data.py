@@ -67,8 +67,7 @@ def load(own: Custom, config: Config) -> Data:
 
 def named(config: Config, dtype: torch.dtype) -> Data:
     """Return one of the study's own data sets, every input standardised by the train split."""
-    seed, num, num_test = config.root_seed, config.n_samples, config.test_samples
-    held_out = HELD_OUT
+    num, num_test, held_out = config.n_samples, config.test_samples, HELD_OUT
     if num_test == 0:
         num_test = round(HELD_OUT * num)
         num, held_out = num - num_test, 0.0
@@ -77,15 +76,8 @@ def named(config: Config, dtype: torch.dtype) -> Data:
         arrays = makers[config.data](num, num_test)
     else:
         arrays = image_files.load_cifar100(config.data_dir)
-    return three_way(
-        arrays,
-        held_out,
-        seed,
-        dtype,
-        num_train=num,
-        num_test=num_test,
-        standardise="features",
-    )
+    sizes = {"num_train": num, "num_test": num_test}
+    return three_way(arrays, held_out, config.root_seed, dtype, standardise="features", **sizes)
 
 
 def own_splits(given: Any, dtype: torch.dtype) -> Data:
@@ -97,8 +89,7 @@ def own_splits(given: Any, dtype: torch.dtype) -> Data:
         StudyError: it is something else, or its parts do not fit each other.
     """
     if isinstance(given, Data):
-        parts = (given.train, given.val, given.test)
-        train, val, test = (Split(s.x.to(dtype), s.y.long()) for s in parts)
+        train, val, test = (Split(s.x.to(dtype), s.y.long()) for s in given.splits.values())
         return replace(given, train=train, val=test if given.val is given.test else val, test=test)
     if not isinstance(given, tuple) or len(given) != 4:
         raise StudyError(
@@ -129,7 +120,6 @@ def own_splits(given: Any, dtype: torch.dtype) -> Data:
 
 
 def check_labels(data: Data) -> None:
-    """Raise where a split is empty or a label is not a class."""
     for name, split in data.splits.items():
         y = split.y
         if len(y) == 0 or int(y.min()) < 0 or int(y.max()) >= data.num_classes:
@@ -137,9 +127,3 @@ def check_labels(data: Data) -> None:
                 f"the {name} split must have samples, of classes 0 to {data.num_classes - 1}; got "
                 f"{len(y)} samples" + (f" of classes {y.min()} to {y.max()}" if len(y) else "")
             )
-
-
-def flattened(data: Data) -> Data:
-    """Return the data with inputs (N, D)."""
-    train, val, test = (Split(s.x.flatten(1), s.y) for s in (data.train, data.val, data.test))
-    return replace(data, train=train, val=val, test=test)

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from hvpfast import MLPSpec
-from hvpfast.lab.data.splits import Data, describe_data, fold
+from hvpfast.lab.data.splits import Data, Split, describe_data, fold
 from hvpfast.lab.measure.predictors import constant_prediction, linear_prediction
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row
@@ -45,18 +45,14 @@ from hvpfast.studies.flatness import measure
 from hvpfast.studies.flatness import report as flatness_report
 from hvpfast.studies.flatness.artefacts import artefacts, keep_weights
 from hvpfast.studies.flatness.config import PRESETS, Config, arm
-from hvpfast.studies.flatness.data import Custom, flattened, load
+from hvpfast.studies.flatness.data import Custom, load
 from hvpfast.studies.flatness.figures import figures
 from hvpfast.studies.flatness.findings import findings
-from hvpfast.studies.flatness.timing import agreement_rows, timing_rows
-from hvpfast.studies.flatness.train import Network, custom, network, perceptron, train
-
-Make = Callable[[int], Network]
-"""An untrained network from a seed."""
+from hvpfast.studies.flatness.timing import steps_rows
+from hvpfast.studies.flatness.train import Make, Network, custom, network, perceptron, train
 
 
 def engine(own: Custom, config: Config) -> dict[str, str]:
-    """Return the facts that decide the numbers, the names of the user's functions among them."""
     if own.model is not None:
         backend = f"{config.backend} (by hessian_penalty)"
         return {"backend": backend, "dtype": config.dtype, **own.names()}
@@ -66,13 +62,11 @@ def engine(own: Custom, config: Config) -> dict[str, str]:
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in the order of the records."""
     finals = [final_key(lam, seed) for seed in config.seeds for lam in config.lambda_values]
     return ["data", *["steps"] * (config.timing_rounds > 0), *finals]
 
 
 def final_key(lam: float, seed: int) -> str:
-    """Return the key of a final run's cell."""
     return f"lambda-{arm(lam)}-seed-{seed:03d}"
 
 
@@ -98,28 +92,22 @@ def maker(own: Custom, config: Config, data: Data) -> Make:
     def make(seed: int) -> Network:
         stream = fold(config.root_seed, "init", seed)
         if own.model is not None:
-            return network(custom(own.model, dtype, stream), config.backend, config.penalised)
-        num_outputs = config.outputs or data.num_classes
-        sizes = (data.train.x.shape[1], *config.hidden, num_outputs)
-        model = perceptron(sizes, config.activation, dtype, stream)
+            model = custom(own.model, dtype, stream)
+        else:
+            sizes = (data.train.x.shape[1], *config.hidden, config.outputs or data.num_classes)
+            model = perceptron(sizes, config.activation, dtype, stream)
         return network(model, config.backend, config.penalised)
 
     return make
 
 
-def steps_rows(config: Config, data: Data, make: Make) -> Iterator[dict[str, Any]]:
-    """Compare the penalised step with torch's: first its numbers, then its time."""
-    yield from agreement_rows(config, data, make)
-    yield from timing_rows(config, data, make)
-
-
 def data_rows(own: Custom, data: Data) -> Iterator[dict[str, Any]]:
-    """Describe the data, and score the predictors that any network has to beat."""
     shape = "x".join(map(str, data.train.x.shape[1:]))
     facts = {"dataset": data.name, "inputs": shape, "num_classes": data.num_classes}
     facts |= {**data.sizes, "held_out_is_test": data.val is data.test, "check": data.check}
     yield {"table": "data", **facts, "own_network": own.model is not None}
-    flat = flattened(data)
+    splits: dict[str, Any] = {k: Split(s.x.flatten(1), s.y) for k, s in data.splits.items()}
+    flat = replace(data, **splits)
     yield {"table": "constant", **constant_prediction(flat)}
     yield {"table": "linear", **linear_prediction(flat)}
 
@@ -149,12 +137,10 @@ def final_rows(
 
 
 def describe_steps(rows: list[Row]) -> str:
-    """Return the line of progress: the relative error of the gradient against torch's."""
     return f"penalised gradient against torch: relative error {rows[0]['gradient_error']:.1e}"
 
 
 def describe_final(rows: list[Row]) -> str:
-    """Return the line of progress: lambda, seed, test accuracy, exact Tr(H^2) where known."""
     row = rows[-1]
     head = f"lambda {row['arm']:<6} seed {row['seed']:<3}"
     if row["diverged"]:
@@ -164,9 +150,8 @@ def describe_final(rows: list[Row]) -> str:
     return f"{head} test accuracy {row['test_accuracy']:.4f}{flat}"
 
 
-def study(own: Custom | None = None) -> Study[Config, Data]:
+def study(own: Custom) -> Study[Config, Data]:
     """Return the study; `own` replaces its data and network, and adds to its measures."""
-    own = own or Custom()
     return Study(
         name="flatness",
         module="hvpfast.studies.flatness",
@@ -224,4 +209,4 @@ def run(
     return run_study(study(own), config, out, preset=preset, resume=resume, quiet=quiet)
 
 
-STUDY = study()
+STUDY = study(Custom())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,9 @@ from hvpfast.analysis import landscape
 from hvpfast.analysis.estimators.estimate import frobenius_sq
 from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure import training
+from hvpfast.operators.hessian import CurvatureOperator
 from hvpfast.studies.flatness.config import Config
 from hvpfast.studies.flatness.train import Network
-
-Operator = TypeVar("Operator", hf.HessianOperator, hf.GGNOperator)
 
 
 def scores(model: nn.Module, data: Data) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def scores(model: nn.Module, data: Data) -> dict[str, Any]:
     return found | {"test_right": np.packbits(right.numpy()).tobytes().hex()}
 
 
-def rights(row: dict[str, Any], num_test: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def rights(row: Mapping[str, Any], num_test: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return which test samples are classified correctly, (num_test,), from ``test_right``."""
     packed = np.frombuffer(bytes.fromhex(row["test_right"]), np.uint8)
     return np.unpackbits(packed, count=num_test).astype(bool)
@@ -49,37 +49,39 @@ def curvature(config: Config, net: Network, data: Data, seed: int) -> dict[str, 
     Gauss-Newton matrix. All are exact; None where the network has no per-sample cores (it is not a
     perceptron). ``hessian_fro2_probes`` is estimated by fresh Rademacher probes.
     """
-    num = config.curvature_samples or len(data.train.y)
-    H = operator(hf.HessianOperator, net, data.train, num)
+    H = operator(hf.HessianOperator, net, data.train.part(slice(config.curvature_samples or None)))
+    squares = [float(p.detach().double().square().sum()) for p in net.parameters]
     probe_seed = fold(config.root_seed, "curvature", seed)
     probed = frobenius_sq(H, num_matvecs=config.curvature_probes, seed=probe_seed)
     found: dict[str, Any] = {
         "hessian_fro2_probes": float(probed),
         "hessian_fro2_probes_stderr": probed.stderr,
-        "params_norm": net.params_norm,
+        "params_norm": math.sqrt(sum(squares)),
         "first_norm": float(weights_of(net.model)[0].detach().norm()),
     }
     try:
         cores = H.cores()
     except NotImplementedError:
         return found | dict.fromkeys(EXACT)
-    diagonal, part = cores.diagonal(), min(len(data.val.y), len(data.train.y))
+    diagonal = cores.diagonal()
+    held_out = data.val.part(slice(len(data.train.y)))
+    part = data.train.part(slice(len(data.val.y)))
     values = (
         float(cores.frobenius_sq()),
         float(diagonal.double().sum()),
         filter_curvature(net.model, diagonal),
-        float(operator(hf.HessianOperator, net, data.val, part).cores().frobenius_sq()),
-        float(operator(hf.HessianOperator, net, data.train, part).cores().frobenius_sq()),
-        float(operator(hf.GGNOperator, net, data.train, part).cores().frobenius_sq()),
+        float(operator(hf.HessianOperator, net, held_out).cores().frobenius_sq()),
+        float(operator(hf.HessianOperator, net, part).cores().frobenius_sq()),
+        float(operator(hf.GGNOperator, net, part).cores().frobenius_sq()),
     )
     return found | dict(zip(EXACT, values, strict=True))
 
 
-def operator(kind: type[Operator], net: Network, split: Split, num: int) -> Operator:
-    """Return the curvature operator of the mean cross-entropy on a split's first samples."""
-    batch = (split.x[:num], split.y[:num])
+def operator(kind: type[CurvatureOperator], net: Network, split: Split) -> CurvatureOperator:
+    """Return the curvature operator of the mean cross-entropy on a split."""
+    data = (split.x, split.y)
     return kind(
-        net.model, F.cross_entropy, None, batch, backend=net.backend, check_deterministic=False
+        net.model, F.cross_entropy, None, data, backend=net.backend, check_deterministic=False
     )
 
 
@@ -92,12 +94,8 @@ def filter_curvature(model: nn.Module, diagonal: Tensor) -> float:
     """Return the mean of d'Hd over random filter-normalised directions d, biases at rest.
 
     Each filter f (row of a weight) of d is uniform on the sphere of radius ||w_f||, so the mean is
-    sum_f ||w_f||^2 / n_f sum_{i in f} H_ii. Rescaling the layers of a ReLU network leaves it as it
-    is.
-
-    Args:
-        model: the network.
-        diagonal: of H, (P,).
+    sum_f ||w_f||^2 / n_f sum_{i in f} H_ii, with the diagonal (P,) of H. Rescaling the layers of a
+    ReLU network leaves it as it is.
     """
     tensors, total = weights_of(model), 0.0
     parts = torch.split(diagonal, [t.numel() for t in tensors])
@@ -115,15 +113,14 @@ def landscape_rows(config: Config, net: Network, data: Data, seed: int) -> Itera
     filters. ``curvature_x`` is d'Hd along the plane's first direction, ``difference_x`` the second
     difference of the losses along it over the squared spacing, which also sees ReLU's kinks.
     """
-    num = min(config.landscape_samples, len(data.train.y))
-    batch = (data.train.x[:num], data.train.y[:num])
-    H = operator(hf.HessianOperator, net, data.train, num)
+    batch = data.train.part(slice(config.landscape_samples))
+    H = operator(hf.HessianOperator, net, batch)
     for i in range(config.landscape_planes):
         surface = landscape.plane(
             net.model,
             F.cross_entropy,
             None,
-            batch,
+            (batch.x, batch.y),
             num_points=config.landscape_points,
             seed=fold(config.root_seed, "landscape", i),
         )

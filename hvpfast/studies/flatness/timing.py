@@ -9,7 +9,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,11 @@ from hvpfast.lab.data.splits import Data, Split, fold
 from hvpfast.lab.measure.timing import estimate, interleave
 from hvpfast.lab.measure.torch_baseline import squared_products
 from hvpfast.studies.flatness.config import Config
-from hvpfast.studies.flatness.train import Network, batch_of, step_gradient, steps_per_epoch
+from hvpfast.studies.flatness.train import Make, adam, batch_of, step_gradient
 
 METHODS = ("plain", "penalised", "torch-plain", "torch-penalised")
 WEIGHT = 0.01
 """lambda of the steps; the work does not depend on it."""
-
-Step = Callable[[Split, int], None]
-"""(batch, seed of the probes) to one training step."""
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -39,17 +35,7 @@ def twin(model: nn.Module) -> nn.Module:
 def torch_gradient(
     model: nn.Module, batch: Split, weight: float, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Leave the gradient of CE + weight * mean_k ||H v_k||^2 in ``.grad``, by torch.autograd.
-
-    Args:
-        model: any module.
-        batch: the mini-batch.
-        weight: of the penalty.
-        rows: probes v_k (K, P); None for no penalty.
-
-    Returns:
-        CE and penalty, 0-dim.
-    """
+    """Do `step_gradient` by torch.autograd; `rows` (K, P) are the probes, None for no penalty."""
     params = list(model.parameters())
     model.zero_grad()
     loss = F.cross_entropy(model(batch.x), batch.y)
@@ -63,9 +49,19 @@ def torch_gradient(
     return loss.detach(), penalty.detach()
 
 
-def agreement_rows(
-    config: Config, data: Data, make: Callable[[int], Network]
-) -> Iterator[dict[str, Any]]:
+def steps_rows(config: Config, data: Data, make: Make) -> Iterator[dict[str, Any]]:
+    """Compare a step with torch's, then time one by each method: medians over the rounds."""
+    yield agreement(config, data, make)
+    num = len(data.train.y) // config.batch_size
+    batches = itertools.cycle([batch_of(config, data, i) for i in range(num)])
+    seeds = itertools.count()
+    calls = {method: stepper(config, make, method, batches, seeds) for method in METHODS}
+    guesses = {method: estimate(call) for method, call in calls.items()}
+    for method, times in interleave(calls, guesses, config.timing_rounds).items():
+        yield {"table": "timing", "what": method, "seconds": times.median}
+
+
+def agreement(config: Config, data: Data, make: Make) -> dict[str, Any]:
     """Compare loss, penalty and gradient with torch's, for the same probes on one batch."""
     net, batch = make(config.seeds[0]), batch_of(config, data, 0)
     other = twin(net.model)
@@ -82,12 +78,11 @@ def agreement_rows(
     )
     (loss + weight * penalty).backward()  # type: ignore[no-untyped-call]
     expected = torch_gradient(other, batch, weight, tangents.T)
-    ours, theirs = flat_gradient(net.model), flat_gradient(other)
-    yield {
+    return {
         "table": "agreement",
         "loss_error": relative_error(loss.detach(), expected[0]),
         "penalty_error": relative_error(penalty.detach(), expected[1]),
-        "gradient_error": relative_error(ours, theirs),
+        "gradient_error": relative_error(flat_gradient(net.model), flat_gradient(other)),
     }
 
 
@@ -102,59 +97,27 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).double().norm() / expected.double().norm())
 
 
-def timing_rows(
-    config: Config, data: Data, make: Callable[[int], Network]
-) -> Iterator[dict[str, Any]]:
-    """Time a step by each method; the seconds are medians over the rounds."""
-    num = steps_per_epoch(config, len(data.train.y))
-    batches = itertools.cycle([batch_of(config, data, i) for i in range(num)])
-    seeds = itertools.count()
-    calls = {
-        method: partial(one_step, stepper(config, make, method), batches, seeds)
-        for method in METHODS
-    }
-    guesses = {method: estimate(call) for method, call in calls.items()}
-    for method, times in interleave(calls, guesses, config.timing_rounds).items():
-        yield {"table": "timing", "what": method, "seconds": times.median}
-
-
-def one_step(step: Step, batches: Iterator[Split], seeds: Iterator[int]) -> None:
-    """Make one step on the next batch, with fresh probes."""
-    step(next(batches), next(seeds))
-
-
-def stepper(config: Config, make: Callable[[int], Network], method: str) -> Step:
-    """Return the step of a method, for a network of its own."""
+def stepper(
+    config: Config, make: Make, method: str, batches: Iterator[Split], seeds: Iterator[int]
+) -> Callable[[], None]:
+    """Return what makes a step on the next batch, with fresh probes, of a network of its own."""
     net = replace(make(config.seeds[0]), penalised="hessian")
+    model = twin(net.model) if method.startswith("torch") else net.model
     weight = WEIGHT / config.batch_size if method.endswith("penalised") else 0.0
-    if method.startswith("torch"):
-        return torch_step(config, twin(net.model), weight)
-    optimizer = adam(config, net.model)
+    optimizer = adam(config, model)
+    num = config.num_hutchinson_samples
 
-    def step(batch: Split, seed: int) -> None:
-        step_gradient(net, batch, weight, config.num_hutchinson_samples, seed)
+    def ours() -> None:
+        step_gradient(net, next(batches), weight, num, next(seeds))
         optimizer.step()
 
-    return step
-
-
-def torch_step(config: Config, model: nn.Module, weight: float) -> Step:
-    """Return torch's own step of training, its probes drawn by torch."""
-    optimizer = adam(config, model)
-    size = sum(p.numel() for p in model.parameters())
-
-    def step(batch: Split, seed: int) -> None:
+    def by_torch() -> None:
+        batch, seed = next(batches), next(seeds)
         rows = None
         if weight > 0:
             random = torch.Generator().manual_seed(seed)
-            shape = (config.num_hutchinson_samples, size)
-            rows = torch.randn(shape, generator=random, dtype=batch.x.dtype)
+            rows = torch.randn((num, net.num_params), generator=random, dtype=batch.x.dtype)
         torch_gradient(model, batch, weight, rows)
         optimizer.step()
 
-    return step
-
-
-def adam(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Return Adam as the trainings have it."""
-    return torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+    return ours if model is net.model else by_torch

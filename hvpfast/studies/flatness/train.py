@@ -21,7 +21,7 @@ from torch import nn
 
 import hvpfast as hf
 from hvpfast.lab.data.splits import Data, Split, fold, generator
-from hvpfast.lab.measure.training import Diverged, linearize, score
+from hvpfast.lab.measure.training import Diverged, linearize, score, shuffled
 from hvpfast.studies.flatness.config import Config
 
 FLATNESS_BATCHES = 4
@@ -39,19 +39,16 @@ class Network:
     """Matrix whose squared norm the steps penalise: "hessian" or "ggn"."""
 
     @property
-    def params_norm(self) -> float:
-        """Euclidean norm of all parameters."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
-
-    @property
     def parameters(self) -> list[nn.Parameter]:
-        """The module's parameters."""
         return list(self.model.parameters())
 
     @property
     def num_params(self) -> int:
-        """Number of parameters."""
         return sum(p.numel() for p in self.parameters)
+
+
+Make = Callable[[int], Network]
+"""An untrained network from a seed."""
 
 
 @dataclass
@@ -185,20 +182,18 @@ def train(config: Config, data: Data, net: Network, lam: float, seed: int) -> Tr
     Batches and probes are streams of the seed alone: every lambda of a seed sees the same.
     """
     batches = generator(config.root_seed, "batches", seed)
-    optimizer = torch.optim.Adam(net.parameters, lr=config.learning_rate, fused=True)
+    optimizer = adam(config, net.model)
     trained = Trained(net)
     weight, num_probes = lam / config.batch_size, config.num_hutchinson_samples
-    steps, per_epoch = itertools.count(), steps_per_epoch(config, len(data.train.y))
+    steps, per_epoch = itertools.count(), len(data.train.y) // config.batch_size
+    probed: list[dict[str, float]] = []
     try:
         before = {"train_ce": score(net.model, data.train)[0]}
         trained.epochs.append(epoch_row(config, data, net, seed, 0) | before)
         for epoch in range(1, config.num_epochs + 1):
             losses = penalties = 0.0
-            order = torch.randperm(len(data.train.y), generator=batches)
-            probed: list[tuple[float, float, float]] = []
-            for i in range(per_epoch):
-                index = order[i * config.batch_size : (i + 1) * config.batch_size]
-                batch = data.train.part(index)
+            whole = shuffled(data.train, config.batch_size, batches)[:per_epoch]
+            for i, batch in enumerate(whole):
                 probe_seed = fold(config.root_seed, "probes", seed, next(steps))
                 loss, penalty = step_gradient(net, batch, weight, num_probes, probe_seed)
                 optimizer.step()
@@ -209,34 +204,30 @@ def train(config: Config, data: Data, net: Network, lam: float, seed: int) -> Tr
             row = epoch_row(config, data, net, seed, epoch)
             row |= {"train_ce": losses, "train_objective": losses + lam * penalties}
             trained.epochs.append(row | {"train_penalty": penalties if lam > 0 else None})
-            for name, values in zip(PROBED, zip(*probed, strict=True), strict=False):
-                trained.probes[name] = math.fsum(values) / len(values)
+        for name in probed[0]:
+            trained.probes[name] = math.fsum(row[name] for row in probed) / len(probed)
     except Diverged:
         trained.diverged = True
     return trained
 
 
-PROBED = ("flatness_same", "flatness_fresh", "flatness_unseen")
+def adam(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
 
 
 def probe_thrice(
     config: Config, data: Data, net: Network, batch: Split, probe_seed: int, i: int
-) -> tuple[float, float, float]:
+) -> dict[str, float]:
     """Return Tr(H^2) / B after a step: by its own probes; by fresh ones; by these, held out."""
     num, size = config.num_hutchinson_samples, config.batch_size
     fresh = fold(probe_seed, "fresh")
     start = i * size % max(1, len(data.val.y) - size + 1)
     unseen = data.val.part(slice(start, start + size))
-    return (
-        flatness(net, batch, num, probe_seed),
-        flatness(net, batch, num, fresh),
-        flatness(net, unseen, num, fresh),
-    )
-
-
-def steps_per_epoch(config: Config, num_train: int) -> int:
-    """Return the number of whole batches; the samples left over are others in every epoch."""
-    return num_train // config.batch_size
+    return {
+        "flatness_same": flatness(net, batch, num, probe_seed),
+        "flatness_fresh": flatness(net, batch, num, fresh),
+        "flatness_unseen": flatness(net, unseen, num, fresh),
+    }
 
 
 def batch_of(config: Config, data: Data, i: int) -> Split:
@@ -250,7 +241,7 @@ def epoch_row(config: Config, data: Data, net: Network, seed: int, epoch: int) -
     if not math.isfinite(loss):
         raise Diverged
     values = []
-    for i in range(min(FLATNESS_BATCHES, steps_per_epoch(config, len(data.train.y)))):
+    for i in range(min(FLATNESS_BATCHES, len(data.train.y) // config.batch_size)):
         batch = batch_of(config, data, i)
         probe_seed = fold(config.root_seed, "flatness", seed, epoch, i)
         values.append(flatness(net, batch, config.num_hutchinson_samples, probe_seed))
