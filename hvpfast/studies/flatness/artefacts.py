@@ -38,12 +38,10 @@ FILED = ("arm", "lambda", "seed", "test_right")
 
 
 def weights_path(folder: Path, arm: str) -> Path:
-    """Return where the weights of the first seed's network lie."""
     return folder / "weights" / f"lambda-{arm}.npz"
 
 
 def keep_weights(folder: Path, arm: str, model: nn.Module) -> None:
-    """Write the parameters of a trained network, by name."""
     if isinstance(model, hf.MLP):
         named = zip(hf.spec_of(model, F.cross_entropy).names, model.weights, strict=True)
     else:
@@ -53,7 +51,6 @@ def keep_weights(folder: Path, arm: str, model: nn.Module) -> None:
 
 
 def artefacts(folder: Path, records: list[Row]) -> None:
-    """Write the pickle and the report into the run folder."""
     found = findings(records, RunFolder(folder).timings())
     lambdas = {arm: found["by_arm"][arm]["lambda"] for arm in found["arms"]}
     planes = dict.fromkeys(row["plane"] for row in found["landscape"])
@@ -69,7 +66,6 @@ def artefacts(folder: Path, records: list[Row]) -> None:
 
 
 def arm_results(folder: Path, records: list[Row], arm: str) -> dict[str, Any]:
-    """Return the results of one lambda."""
     rows = table(records, "final", arm=arm)
     return {
         "seeds": np.array([row["seed"] for row in rows]),
@@ -80,7 +76,6 @@ def arm_results(folder: Path, records: list[Row], arm: str) -> dict[str, Any]:
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns of the rows that are measures."""
     return list(dict.fromkeys(k for row in rows for k in facts(row) if k not in FILED))
 
 
@@ -89,14 +84,9 @@ def history(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Return the curves of one lambda by column, (S, epochs + 1)."""
     curves = [table(records, "epoch", arm=arm, seed=row["seed"]) for row in finals]
-    longest = max(len(curve) for curve in curves)
     names = measured(list(itertools.chain.from_iterable(curves)))
-    found = {name: np.full((len(curves), longest), np.nan) for name in names}
-    for i, curve in enumerate(curves):
-        for j, row in enumerate(curve):
-            for name in names:
-                found[name][i, j] = numeric(row.get(name))
-    return found
+    padded = list(zip(*itertools.zip_longest(*curves, fillvalue={}), strict=True))
+    return {k: np.array([[numeric(row.get(k)) for row in rows] for rows in padded]) for k in names}
 
 
 def numeric(value: Any) -> float:
@@ -105,7 +95,6 @@ def numeric(value: Any) -> float:
 
 
 def read_weights(folder: Path, arm: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the weights that `keep_weights` wrote."""
     path = weights_path(folder, arm)
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -118,7 +107,6 @@ def read_weights(folder: Path, arm: str) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def plane_results(records: list[Row], found: dict[str, Any], plane: int) -> dict[float, Any]:
-    """Return the landscapes of one plane by lambda."""
     centres = {r["arm"]: r["loss"] for r in found["landscape"] if r["plane"] == plane}
     return {
         found["by_arm"][arm]["lambda"]: {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def figures(records: list[Row]) -> dict[str, Figure]:
-    """Return the figures by file name."""
     finals = with_curves(records)
     found = {
         "training_comparison.png": training_comparison(records, finals),
@@ -33,17 +32,16 @@ def figures(records: list[Row]) -> dict[str, Figure]:
 
 
 def lam(arm: str) -> str:
-    """Return an arm's name in the figures."""
     return f"λ = {arm}"
 
 
 def training_comparison(records: list[Row], finals: list[dict[str, Any]]) -> Figure:
     """Draw accuracy, loss and flatness per epoch, and the final test accuracy."""
     figure, axes = plots.new_figure(4, width=4.9, columns=2)
-    arms = dict.fromkeys(row["arm"] for row in table(records, "final"))
-    held_out = held_out_name(records)
+    arms = dict.fromkeys(row["arm"] for row in finals)
+    held_out = "Test" if table(records, "data")[0]["held_out_is_test"] else "Validation"
     panels = [
-        ("accuracy", f"{held_out.capitalize()} accuracy", ""),
+        ("accuracy", f"{held_out} accuracy", ""),
         ("train_ce", "Training loss", "cross-entropy, mean of the epoch's batches"),
         ("flatness", "Flatness: Tr(H²)/B of train batches, fresh probes", ""),
     ]
@@ -64,18 +62,15 @@ def training_comparison(records: list[Row], finals: list[dict[str, Any]]) -> Fig
     return figure
 
 
-def held_out_name(records: list[Row]) -> str:
-    """Return "validation", or "test" where the held-out split is the test split, as published."""
-    return "test" if table(records, "data")[0]["held_out_is_test"] else "validation"
-
-
 def final_panel(ax: Axes, records: list[Row], finals: list[dict[str, Any]]) -> None:
     """Draw the final test accuracy of every seed by lambda, between the simple predictors."""
     arms = list(dict.fromkeys(row["arm"] for row in finals))
     plots.paired_dots(ax, {lam(a): v for a, v in by_seed(finals, "test_accuracy", arms).items()})
-    for name, style in (("constant", ":"), ("linear", "--")):
+    for name, words, style in (
+        ("constant", "commonest class", ":"),
+        ("linear", "linear model", "--"),
+    ):
         value = table(records, name)[0]["test_accuracy"]
-        words = {"constant": "commonest class", "linear": "linear model"}[name]
         ax.axhline(value, color=plots.INK, linestyle=style, linewidth=1.2, label=words)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
@@ -86,8 +81,8 @@ def final_panel(ax: Axes, records: list[Row], finals: list[dict[str, Any]]) -> N
 def comparison(finals: list[dict[str, Any]]) -> Figure:
     """Draw the paired changes of test accuracy and of Tr(H^2), with their intervals."""
     arms = list(dict.fromkeys(row["arm"] for row in finals))
-    others = [arm for arm in arms if arm != BASELINE]
-    figure, (left, right) = plots.new_figure(2, width=5.2, height=1.4 + 0.6 * max(2, len(others)))
+    num_rows = max(2, len({*arms} - {BASELINE}))
+    figure, (left, right) = plots.new_figure(2, width=5.2, height=1.4 + 0.6 * num_rows)
     for ax, measure, title in (
         (left, "test_accuracy", "Test accuracy, minus that of λ = 0"),
         (right, flat_measure(finals), "Tr(H²) on the train split, over that of λ = 0"),
@@ -96,7 +91,7 @@ def comparison(finals: list[dict[str, Any]]) -> Figure:
         ratios = {arm: result["kind"] == "ratio" for arm, result in found.items()}
         changes = {
             lam(arm): plots.paired_changes(finals, measure, BASELINE, arm, ratio=ratios[arm])
-            for arm in others
+            for arm in ratios
         }
         ratio = any(ratios.values())
         plots.forest(ax, changes, {lam(a): r for a, r in found.items()}, 1.0 if ratio else 0.0)
@@ -111,31 +106,30 @@ def comparison(finals: list[dict[str, Any]]) -> Figure:
 
 
 FLATNESS = {
-    "hessian_fro2": "train,\nexact",
-    "hessian_fro2_probes": "train,\nprobes",
-    "held_out_fro2": "held\nout",
-    "part_fro2": "as many\ntrain",
-    "part_ggn_fro2": "Gauss-\nNewton",
+    "Tr(H²) after training": {
+        "hessian_fro2": "train,\nexact",
+        "hessian_fro2_probes": "train,\nprobes",
+        "held_out_fro2": "held\nout",
+        "part_fro2": "as many\ntrain",
+        "part_ggn_fro2": "Gauss-\nNewton",
+    },
+    "Tr(H²)/B, batches of the last epoch": {
+        "flatness_same": "the step's\nown probes",
+        "flatness_fresh": "fresh\nprobes",
+        "flatness_unseen": "held-out\nbatches",
+    },
+    "Mean d'Hd, filter-normalised d": {"filter_curvature": ""},
 }
-BATCH_FLATNESS = {
-    "flatness_same": "the step's\nown probes",
-    "flatness_fresh": "fresh\nprobes",
-    "flatness_unseen": "held-out\nbatches",
-}
+"""Title of a panel -> its columns, and their names there."""
 
 
 def flatness(finals: list[dict[str, Any]]) -> Figure:
     """Draw Tr(H^2) by every way of measuring it, and the curvature that no rescaling changes."""
     figure, axes = plots.new_figure(3, width=4.4)
-    panels: Sequence[tuple[Mapping[str, str], str]] = (
-        (FLATNESS, "Tr(H²) after training"),
-        (BATCH_FLATNESS, "Tr(H²)/B, batches of the last epoch"),
-        ({"filter_curvature": ""}, "Mean d'Hd, filter-normalised d"),
-    )
     arms = list(dict.fromkeys(row["arm"] for row in finals))
-    for ax, (columns, title) in zip(axes, panels, strict=True):
+    for ax, (title, names) in zip(axes, FLATNESS.items(), strict=True):
         shown: list[float] = []
-        columns = {c: name for c, name in columns.items() if any(known(r, c) for r in finals)}
+        columns = {c: name for c, name in names.items() if any(known(r, c) for r in finals)}
         for i, arm in enumerate(arms):
             for x, column in enumerate(columns):
                 values = [r[column] for r in finals if r["arm"] == arm and known(r, column)]
@@ -159,7 +153,6 @@ def flatness(finals: list[dict[str, Any]]) -> Figure:
 
 
 def legend(ax: Axes) -> None:
-    """Add a legend where something is drawn."""
     if ax.get_legend_handles_labels()[0]:
         plots.legend(ax)
 
@@ -169,7 +162,6 @@ WIDE = 3.0
 
 
 def wide_axis(ax: Axes, values: Sequence[float]) -> None:
-    """Make the vertical axis logarithmic where positive values differ widely."""
     if values and min(values) > 0 and max(values) / min(values) > WIDE:
         plots.log_axis(ax, "y", values)
 

@@ -12,19 +12,13 @@ import numpy as np
 from scipy import special
 
 from hvpfast.lab.report.comparison import LEVEL, compare, holm_correct, summary
-from hvpfast.lab.report.records import by_seed, facts, known, table
+from hvpfast.lab.report.records import by_seed, facts, first_facts, known, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.flatness.measure import rights
 from hvpfast.studies.flatness.timing import METHODS
 
 BASELINE = "0"
-MEASURES = {
-    "test_accuracy": "test accuracy (primary)",
-    "test_loss": "test loss",
-    "val_accuracy": "held-out accuracy",
-    "train_accuracy": "train accuracy",
-    "train_loss": "train loss",
-    "gap": "test loss - train loss",
+FLATNESS = {
     "hessian_fro2": "Tr(H²), exact",
     "hessian_fro2_probes": "Tr(H²), fresh probes",
     "held_out_fro2": "Tr(H²), exact, held-out samples",
@@ -37,6 +31,16 @@ MEASURES = {
     "flatness_unseen": "Tr(H²)/B, held-out batches",
     "params_norm": "‖parameters‖",
     "first_norm": "‖first weight‖",
+}
+"""Measures in the table of flatness, before the user's own."""
+MEASURES = {
+    "test_accuracy": "test accuracy (primary)",
+    "test_loss": "test loss",
+    "val_accuracy": "held-out accuracy",
+    "train_accuracy": "train accuracy",
+    "train_loss": "train loss",
+    "gap": "test loss - train loss",
+    **FLATNESS,
     "best_accuracy": "best held-out accuracy",
     "late_accuracy": "held-out accuracy, late epochs",
     "late_accuracy_variance": "variance of the held-out accuracy, late epochs",
@@ -48,12 +52,6 @@ MEASURES = {
 
 The test accuracy was chosen beforehand to answer the question; the rest describes.
 """
-FLATNESS = [
-    "hessian_fro2", "hessian_fro2_probes", "held_out_fro2", "part_fro2", "part_ggn_fro2",
-    "hessian_trace", "filter_curvature", "flatness_same", "flatness_fresh", "flatness_unseen",
-    "params_norm", "first_norm",
-]  # fmt: skip
-"""Measures in the table of flatness, before the user's own."""
 VARIANCES = ["late_loss_variance", "late_accuracy_variance", "late_train_variance"]
 """Measures of stability."""
 RATIOS = {*FLATNESS, *VARIANCES}
@@ -68,17 +66,17 @@ SMALL = 0.01
 Rows = Sequence[Mapping[str, Any]]
 Pairs = Mapping[str, Mapping[str, Any]]
 """By lambda, its corrected comparison with the baseline in one measure."""
+Answer = tuple[str, str]
+"""Outcome of a prediction, and why."""
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return every number of the report, named."""
     finals = with_curves(records)
     arms = list(dict.fromkeys(row["arm"] for row in finals))
-    own = own_metrics(finals)
+    own = list(dict.fromkeys(k for row in finals for k in row if k.startswith("metric_")))
     measures = [*MEASURES, *own]
-    whole_run = ("config", "data", "constant", "linear")
     found: dict[str, Any] = {
-        **{name: facts(table(records, name)[0]) for name in whole_run},
+        **{name: first_facts(records, name) for name in ("config", "data", "constant", "linear")},
         "level": LEVEL,
         "arms": arms,
         "num_params": finals[0]["num_params"],
@@ -90,15 +88,10 @@ def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]
         "mcnemar": mcnemar(records, finals, arms),
         "agreement": [facts(row) for row in table(records, "agreement")],
         "cost": cost(records, timings),
-        "landscape": landscape(records),
+        "landscape": [facts(row) for row in table(records, "landscape", kind="centre")],
     }
     found["chosen"] = chosen(found)
     return found | {"predictions": predictions(found)}
-
-
-def own_metrics(finals: Rows) -> list[str]:
-    """Return the columns of the user's own metrics."""
-    return list(dict.fromkeys(k for row in finals for k in row if k.startswith("metric_")))
 
 
 def flat_measure(finals: Rows) -> str:
@@ -162,18 +155,15 @@ def arm_findings(finals: Rows, arm: str, measures: Sequence[str]) -> dict[str, A
         "num_undone": sum(row.get("undone", False) for row in rows),
         "num_reached": sum(known(row, "epochs_to_target") for row in rows),
         "penalty_share": fmean(shares) if shares else None,
-        **{
-            measure: summary([row.get(measure) for row in rows])
-            for measure in ("last_ce", *measures)
-        },
+        **{name: summary([row.get(name) for row in rows]) for name in ("last_ce", *measures)},
     }
 
 
 def chosen(found: Mapping[str, Any]) -> str | None:
     """Return the lambda with the best mean held-out accuracy, the smallest of equals."""
     means = {arm: found["by_arm"][arm]["val_accuracy"]["mean"] for arm in found["arms"]}
-    there = {arm: mean for arm, mean in means.items() if mean is not None}
-    return max(there, key=lambda arm: there[arm]) if there else None
+    there = [arm for arm, mean in means.items() if mean is not None]
+    return max(there, key=means.__getitem__, default=None)
 
 
 def mcnemar(records: list[Row], finals: Rows, arms: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -183,7 +173,7 @@ def mcnemar(records: list[Row], finals: Rows, arms: Sequence[str]) -> dict[str, 
     are split at least as unevenly by chance, ``min(1, 2 P(X <= min(won, lost)))`` with X binomial.
     """
     num = table(records, "data")[0]["num_test"]
-    first = [dict(row) for row in finals if row["seed"] == finals[0]["seed"]]
+    first = [row for row in finals if row["seed"] == finals[0]["seed"]]
     right = {row["arm"]: rights(row, num) for row in first if not row["diverged"]}
     found = {}
     for arm in arms:
@@ -214,22 +204,15 @@ def cost(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def landscape(records: list[Row]) -> list[dict[str, Any]]:
-    """Return what was measured at the centre of every landscape: loss, curvature, rise."""
-    return [facts(row) for row in table(records, "landscape", kind="centre")]
-
-
 def grids(records: list[Row], plane: int) -> dict[str, dict[str, Any]]:
     """Return one plane's grids by lambda: coordinates x (X,) and losses (X, X)."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in table(records, "landscape", kind="line", plane=plane):
-        grid = found.setdefault(row["arm"], {"x": [], "losses": []})
-        grid["x"].append(row["x"])
-        grid["losses"].append([float(word) for word in row["losses"].split()])
-    return {
-        arm: {"x": np.asarray(g["x"]), "losses": np.asarray(g["losses"])}
-        for arm, g in found.items()
-    }
+    found = {}
+    lines = table(records, "landscape", kind="line", plane=plane)
+    for arm in dict.fromkeys(row["arm"] for row in lines):
+        own = [row for row in lines if row["arm"] == arm]
+        losses = [[float(word) for word in row["losses"].split()] for row in own]
+        found[arm] = {"x": np.asarray([row["x"] for row in own]), "losses": np.asarray(losses)}
+    return found
 
 
 # predictions, registered before the first run
@@ -237,30 +220,22 @@ def grids(records: list[Row], plane: int) -> dict[str, dict[str, Any]]:
 
 def predictions(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Answer the registered predictions: claim, outcome (held, contradicted, no evidence), why."""
-    by_arm, accuracy = found["by_arm"], found["comparison"]["test_accuracy"]
+    by_arm, changes = found["by_arm"], found["comparison"]
+    accuracy = changes["test_accuracy"]
     small = [arm for arm in accuracy if by_arm[arm]["lambda"] <= SMALL]
     largest = max(accuracy, key=lambda arm: by_arm[arm]["lambda"], default=None)
-    answers = [
-        {
-            "claim": "Tr(H²) of the train split is lower for every λ > 0",
-            **lower(found["comparison"][found["flat"]]),
-        },
-        {
-            "claim": "and so is that of held-out samples",
-            **lower(found["comparison"]["held_out_fro2"]),
-        },
-        {
-            "claim": f"no accuracy gain at small λ ({', '.join(small) or 'none here'})",
-            **no_gain(accuracy, small),
-        },
-        {
-            "claim": f"lower accuracy at the largest λ ({largest})",
-            **lower({} if largest is None else {largest: accuracy[largest]}),
-        },
-    ]
+    at_largest = {} if largest is None else {largest: accuracy[largest]}
+    told = ", ".join(small) or "none here"
+    answers = {
+        "Tr(H²) of the train split is lower for every λ > 0": lower(changes[found["flat"]]),
+        "and so is that of held-out samples": lower(changes["held_out_fro2"]),
+        f"no accuracy gain at small λ ({told})": no_gain(accuracy, small),
+        f"lower accuracy at the largest λ ({largest})": lower(at_largest),
+    }
     if found["data"]["dataset"] == "rbf":
-        answers += as_published(found)
-    return answers
+        answers |= as_published(found)
+    names = ("claim", "outcome", "why")
+    return [dict(zip(names, (claim, *answer), strict=True)) for claim, answer in answers.items()]
 
 
 def verdicts(pairs: Pairs) -> dict[str, list[str]]:
@@ -271,17 +246,16 @@ def verdicts(pairs: Pairs) -> dict[str, list[str]]:
     return told
 
 
-def lower(pairs: Pairs) -> dict[str, str]:
+def lower(pairs: Pairs) -> Answer:
     """Answer the prediction that a measure is lower for every lambda of the pairs."""
     told = {way: ", ".join(arms) for way, arms in verdicts(pairs).items()}
     if told["higher"]:
-        return {"outcome": "contradicted", "why": f"higher for λ = {told['higher']}"}
+        return "contradicted", f"higher for λ = {told['higher']}"
     if told["open"]:
-        why = f"no evidence of a difference for λ = {told['open']}"
-        return {"outcome": "no evidence", "why": why}
+        return "no evidence", f"no evidence of a difference for λ = {told['open']}"
     if not pairs:
-        return {"outcome": "no evidence", "why": "there is no such λ"}
-    return {"outcome": "held", "why": f"lower for λ = {told['lower']}, corrected"}
+        return "no evidence", "there is no such λ"
+    return "held", f"lower for λ = {told['lower']}, corrected"
 
 
 def decidable(pairs: Pairs) -> bool:
@@ -290,25 +264,22 @@ def decidable(pairs: Pairs) -> bool:
     return bool(least) and min(least) * len(pairs) < 1 - LEVEL
 
 
-def no_gain(pairs: Pairs, arms: Sequence[str]) -> dict[str, str]:
+def no_gain(pairs: Pairs, arms: Sequence[str]) -> Answer:
     """Answer the prediction that a measure is higher for none of the lambdas.
 
     The answer names the largest gain that the intervals leave room for.
     """
     gains = [arm for arm in arms if pairs[arm]["verdict_holm"] == "higher"]
     if gains:
-        return {"outcome": "contradicted", "why": f"higher for λ = {', '.join(gains)}"}
+        return "contradicted", f"higher for λ = {', '.join(gains)}"
     ends = [pairs[arm]["high"] for arm in arms if pairs[arm]["high"] is not None]
     if not ends or not decidable(pairs):
-        return {"outcome": "no evidence", "why": "too few seeds to show a gain"}
+        return "no evidence", "too few seeds to show a gain"
     room = max(0.0, 100 * max(ends))
-    return {
-        "outcome": "held",
-        "why": f"no gain is shown; the intervals leave room for {room:.2g} points",
-    }
+    return "held", f"no gain is shown; the intervals leave room for {room:.2g} points"
 
 
-def as_published(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def as_published(found: Mapping[str, Any]) -> dict[str, Answer]:
     """Answer what the published run on this kind of data leads one to expect, by means alone."""
     by_arm = found["by_arm"]
     penalised = [arm for arm in found["arms"] if arm != BASELINE]
@@ -318,21 +289,18 @@ def as_published(found: Mapping[str, Any]) -> list[dict[str, str]]:
     room = 2 * math.sqrt(majority * (1 - majority) / found["data"]["num_test"])
     tops = [by_arm[arm]["test_accuracy"]["mean"] for arm in found["arms"]]
     told = f"highest mean {max(filter(None, tops), default=math.nan):.3f}, majority {majority:.3f}"
-    return [
-        {"claim": "Tr(H²)/B in the last epoch falls as λ grows", **ordered(seen, falling=True)},
-        {"claim": "training cross-entropy rises with λ", **ordered(fits, falling=False)},
-        {
-            "claim": "no λ beats the majority class by more than two standard errors",
-            "outcome": "held" if all(t <= majority + room for t in tops if t) else "contradicted",
-            "why": told,
-        },
-    ]
+    outcome = "held" if all(t <= majority + room for t in tops if t) else "contradicted"
+    return {
+        "Tr(H²)/B in the last epoch falls as λ grows": ordered(seen, falling=True),
+        "training cross-entropy rises with λ": ordered(fits, falling=False),
+        "no λ beats the majority class by more than two standard errors": (outcome, told),
+    }
 
 
-def ordered(values: Sequence[float | None], *, falling: bool) -> dict[str, str]:
+def ordered(values: Sequence[float | None], *, falling: bool) -> Answer:
     """Answer the prediction that means by rising lambda fall, or rise, without exception."""
     there = [v for v in values if v is not None]
     pairs = itertools.pairwise(there)
     right = len(there) == len(values) and all(a > b if falling else a < b for a, b in pairs)
     told = ", ".join(f"{v:.4g}" for v in there)
-    return {"outcome": "held" if right else "contradicted", "why": f"means: {told}"}
+    return "held" if right else "contradicted", f"means: {told}"

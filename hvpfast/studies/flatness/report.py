@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hvpfast.lab.report.template import render
+from hvpfast.lab.report.template import render, render_lines
 from hvpfast.studies.flatness import findings
 from hvpfast.studies.flatness.findings import BASELINE
 
@@ -28,31 +28,30 @@ Found = Mapping[str, Any]
 
 
 def report(found: Found) -> str:
-    """Return report.md without its environment section."""
     return render(TEMPLATES / "report.md.jinja", **names(found))
 
 
 def headline(found: Found) -> str:
     """Return the answer, and what the penalty did to the curvature, each in a line."""
-    paragraphs = render(TEMPLATES / "headline.jinja", **names(found)).strip().split("\n\n")
-    return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return render_lines(TEMPLATES / "headline.jinja", **names(found))
 
 
 def names(found: Found) -> dict[str, Any]:
     """Return the names of the templates: the findings, constants, and functions of the findings."""
-    functions = (not_beating, seconds, probe_ratios, milliseconds)
+    functions = (not_beating, seconds, probe_ratios)
     return {
         **found,
         "question": QUESTION,
         "published": published(found),
         "BASELINE": BASELINE,
-        "FLATNESS": findings.FLATNESS,
+        "FLATNESS": list(findings.FLATNESS),
         "LATE": findings.LATE,
         "MEASURES": findings.MEASURES,
         "TARGET": findings.TARGET,
         "VARIANCES": findings.VARIANCES,
         "verdicts": findings.verdicts,
         "decidable": findings.decidable,
+        "milliseconds": {k: 1e3 * v for k, v in found["cost"]["seconds"].items() if v},
         **{function.__name__: partial(function, found) for function in functions},
     }
 
@@ -85,11 +84,6 @@ def probe_ratios(found: Found) -> dict[str, dict[str, float]]:
         if same and fresh and unseen is not None:
             ratios[arm] = {"same": same / fresh, "unseen": unseen / fresh}
     return ratios
-
-
-def milliseconds(found: Found) -> dict[str, float]:
-    """Return the milliseconds of a step by method."""
-    return {name: 1e3 * value for name, value in found["cost"]["seconds"].items() if value}
 
 
 def published(found: Found) -> dict[str, dict[str, float | None]]:
