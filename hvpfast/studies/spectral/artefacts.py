@@ -15,20 +15,21 @@ float32 exactly; nine decimals, as published, would lose small gradients. Not am
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import hvpfast as hf
+from hvpfast.lab.report.records import table
 from hvpfast.lab.runs.folder import Row, StudyError, write_whole
+from hvpfast.studies.spectral.config import Config
 from hvpfast.studies.spectral.data import NUM_CLASSES, NUM_INPUTS
-
-if TYPE_CHECKING:
-    from hvpfast.studies.spectral.config import Config
+from hvpfast.studies.spectral.findings import by_index
+from hvpfast.utils.files import SCRATCH
 
 FOLDER = "test_data"
 CSV_BYTES = 12.5
@@ -36,12 +37,10 @@ CSV_BYTES = 12.5
 
 
 def name_of(config: Config, what: str, index: int, suffix: str = "csv") -> str:
-    """Return the name of a file of one lambda, as published."""
     return f"{what}-{config.id}-{config.step * index:.5f}.{suffix}"
 
 
 def path_of(config: Config, folder: Path, what: str, index: int, suffix: str = "csv") -> Path:
-    """Return where a file of one lambda lies in the run folder."""
     return folder / FOLDER / name_of(config, what, index, suffix)
 
 
@@ -56,7 +55,6 @@ def state_path(config: Config, folder: Path, sweep: str, index: int) -> Path:
 
 
 def keep_state(path: Path, spec: hf.MLPSpec, flat: Tensor) -> None:
-    """Write parameters as a state dict."""
     buffer = io.BytesIO()
     named = zip(spec.names, spec.unflatten(flat.detach()), strict=True)
     torch.save({name: tensor.clone() for name, tensor in named}, buffer)
@@ -80,30 +78,26 @@ def read_state(path: Path, spec: hf.MLPSpec) -> Tensor:
 
 
 def keep_values(path: Path, values: Sequence[float]) -> None:
-    """Write numbers as one column, ascending."""
     write_whole(path, "".join(f"{v:.9g}\n" for v in sorted(values)))
 
 
 def keep_vectors(config: Config, folder: Path, index: int, rows: Tensor) -> None:
     """Write eigenvectors as rows (pairs, P), in the order of the eigenvalues' file."""
+    path = path_of(config, folder, "Hessian-eigenvectors", index, config.keep_format)
     if config.keep_format == "npy":
         buffer = io.BytesIO()
         np.save(buffer, rows.numpy(), allow_pickle=False)
-        path = path_of(config, folder, "Hessian-eigenvectors", index, "npy")
         write_whole(path, buffer.getvalue())
     else:
-        text = "".join(line(row) + "\n" for row in rows)
-        write_whole(path_of(config, folder, "Hessian-eigenvectors", index), text)
+        write_whole(path, "".join(line(row) + "\n" for row in rows))
 
 
 def keep_gradient(path: Path, spec: hf.MLPSpec, gradient: Tensor) -> None:
-    """Write a gradient (P,), a line per tensor."""
     parts = zip(spec.names, spec.unflatten(gradient), strict=True)
     write_whole(path, "".join(f"dL/d{name}: {line(part)}\n" for name, part in parts))
 
 
 def line(numbers: Tensor) -> str:
-    """Return numbers as one line."""
     values = numbers.reshape(-1).tolist()
     return ", ".join(["%.9g"] * len(values)) % tuple(values)
 
@@ -118,14 +112,17 @@ METRICS = {
 """Columns of Model-{ID}.csv, and of our rows."""
 
 
-def keep_metrics(config_row: Mapping[str, Any], folder: Path, rows: Iterable[Row]) -> None:
-    """Write the two tables of scores."""
+def artefacts(folder: Path, records: list[Row]) -> None:
+    """Write the two tables of scores; delete files that killed processes left half written."""
+    for part in folder.glob(f"*/{SCRATCH}*"):
+        part.unlink(missing_ok=True)
+    config = records[0]
     classes = {f"Class_{c}_Accuracy": f"class_{c}" for c in range(NUM_CLASSES)}
-    done = list(rows)
+    rows = by_index(table(records, "train", sweep=config["sweep"])).values()
     for ending, columns in (("", METRICS), ("_split_accuracy", METRICS | classes)):
         lines = [",".join(columns)]
-        lines += [",".join(metric(row, *column) for column in columns.items()) for row in done]
-        path = folder / FOLDER / f"Model-{config_row['id']}{ending}.csv"
+        lines += [",".join(metric(row, *column) for column in columns.items()) for row in rows]
+        path = folder / FOLDER / f"Model-{config['id']}{ending}.csv"
         write_whole(path, "\n".join(lines) + "\n")
 
 

@@ -10,8 +10,6 @@ from hvpfast.lab.runs.folder import StudyError
 
 GRID = 451
 """Points of the published grid."""
-
-
 SWEEPS = ("ascending", "descending", "fresh")
 
 

@@ -7,7 +7,6 @@ the Hessian is zero. Digits at 28x28 are interpolated from 8x8, so that r is bel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +61,7 @@ def load(config: Config) -> Data:
         arrays = load_digits() if config.data == "digits" else load_synthetic()
         pixels = arrays.x.astype(np.float64) / arrays.scale
         mean_std = (float(pixels.mean()), float(pixels.std()))
-    sizes = {
-        "num_train": config.num_train or None,
-        "num_test": config.num_test or None,
-    }
+    sizes = {"num_train": config.num_train or None, "num_test": config.num_test or None}
     dtype = getattr(torch, config.dtype)
     return three_way(arrays, 0.0, config.root_seed, dtype, standardise=mean_std, **sizes)
 
@@ -112,8 +108,8 @@ class Problem:
         wide = flat.detach().double()
         if self.Q is None:
             return wide
-        (width, d), first = (self.spec.sizes[1], self.spec.sizes[0]), self.first
-        return torch.cat([(wide[:first].view(width, d) @ self.Q.T).reshape(-1), wide[first:]])
+        weights = wide[: self.first].view(self.spec.sizes[1], self.spec.sizes[0])
+        return torch.cat([(weights @ self.Q.T).reshape(-1), wide[self.first :]])
 
     def lift(self, rows: Tensor) -> Tensor:
         """Return rows (K, P) from reduced ones (K, p), zero outside the row space."""
@@ -129,7 +125,6 @@ class Problem:
         return self.spec.sizes[0] * self.spec.sizes[1]
 
     def model(self, flat: Tensor) -> hf.MLP:
-        """Return the whole network with the given parameters."""
         return network(self.spec, flat, self.data.train.x.dtype)
 
     def hessian(
@@ -153,14 +148,13 @@ class Problem:
         """Return the gradient (P,) of the train split's cross-entropy, summed in float64."""
         train = self.data.train
         total = torch.zeros(flat.numel(), dtype=torch.float64)
-        for x, y in pieces(train.x, train.y):
+        for x, y in zip(*(torch.split(t, EVALUATION) for t in (train.x, train.y)), strict=True):
             lin = hf.linearize(self.spec, flat, x, y, backend=self.backend, order=2)
             total += lin.grad.double() * (len(y) / len(train.y))
         return total
 
 
 def network(spec: hf.MLPSpec, flat: Tensor, dtype: torch.dtype) -> hf.MLP:
-    """Return a perceptron with the given parameters."""
     random = torch.Generator()  # its numbers are overwritten, and the global generator's stay
     model = hf.MLP(spec.sizes, spec.activation, dtype=dtype, generator=random)
     with torch.no_grad():
@@ -184,12 +178,6 @@ def row_space(x: Tensor) -> Tensor | None:
     return rows
 
 
-def pieces(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and labels in parts of at most `EVALUATION` samples."""
-    for first in range(0, len(y), EVALUATION):
-        yield x[first : first + EVALUATION], y[first : first + EVALUATION]
-
-
 def scores(model: hf.MLP, x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
     """Return mean cross-entropy, hits (N,) and the spread of the logits over samples.
 
@@ -200,7 +188,7 @@ def scores(model: hf.MLP, x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
         Diverged: the cross-entropy is not finite.
     """
     with torch.no_grad():
-        logits = torch.cat([model(part) for part, _ in pieces(x, y)]).double()
+        logits = torch.cat([model(part) for part in torch.split(x, EVALUATION)]).double()
     loss = float(F.cross_entropy(logits, y))
     if not np.isfinite(loss):
         raise Diverged

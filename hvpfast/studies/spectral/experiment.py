@@ -29,7 +29,6 @@ import torch
 import hvpfast as hf
 from hvpfast.lab.data.splits import Data
 from hvpfast.lab.measure.predictors import constant_prediction
-from hvpfast.lab.report.records import table
 from hvpfast.lab.runs.config import engine_of
 from hvpfast.lab.runs.folder import Row
 from hvpfast.lab.runs.progress import Cell, Task
@@ -40,13 +39,11 @@ from hvpfast.studies.spectral import measure, train
 from hvpfast.studies.spectral.config import PRESETS, SWEEPS, Config
 from hvpfast.studies.spectral.data import NUM_CLASSES, NUM_INPUTS, Problem, load
 from hvpfast.studies.spectral.figures import figures
-from hvpfast.studies.spectral.findings import by_index, findings
+from hvpfast.studies.spectral.findings import findings
 from hvpfast.studies.spectral.report import QUESTION, headline, report
-from hvpfast.utils.files import SCRATCH
 
 
 def engine(config: Config) -> dict[str, str]:
-    """Return the facts that decide the numbers (see `engine_of`), and what will be written."""
     sizes = (NUM_INPUTS, *config.hidden, NUM_CLASSES)
     spec = hf.MLPSpec(sizes, activation="sigmoid")
     return {**engine_of(config, spec), "writes": files.size_text(config)}
@@ -55,13 +52,14 @@ def engine(config: Config) -> dict[str, str]:
 # cells
 
 
-def branches(config: Config) -> dict[str, list[int]]:
-    """Return the other two sweeps: name to their points of the grid, in the order of training."""
-    if not config.branch_every:
-        return {}
-    points = sorted({*config.indices[:: config.branch_every], config.indices[-1]})
-    names = [name for name in SWEEPS if name != config.sweep]
-    return {name: points[::-1] if name == "descending" else points for name in names}
+def windows_of(config: Config) -> dict[str, list[list[int]]]:
+    """Return by sweep, the main one first, its points of the grid in the parts that cells train."""
+    sweeps: dict[str, list[int]] = {config.sweep: config.chosen}
+    if config.branch_every:
+        points = sorted({*config.indices[:: config.branch_every], config.indices[-1]})
+        for name in SWEEPS:
+            sweeps.setdefault(name, points[::-1] if name == "descending" else points)
+    return {name: parts(points, config.window) for name, points in sweeps.items()}
 
 
 def parts(points: list[int], size: int) -> list[list[int]]:
@@ -70,17 +68,14 @@ def parts(points: list[int], size: int) -> list[list[int]]:
 
 
 def plan(config: Config) -> list[str]:
-    """Return the key of every cell, in the order of the records."""
-    keys = ["data"]
-    sweeps = {config.sweep: config.chosen, **branches(config)}
-    for name, points in sweeps.items():
-        keys += [f"train-{name}-{k:03d}" for k in range(len(parts(points, config.window)))]
-    keys += [f"eigen-{k:03d}" for k in range(len(parts(config.chosen, config.group)))]
-    return keys + [f"density-{i:03d}" for i in config.indices if i in config.density]
+    windows, groups = windows_of(config), parts(config.chosen, config.group)
+    trained = [f"train-{name}-{k:03d}" for name, own in windows.items() for k in range(len(own))]
+    solved = [f"eigen-{k:03d}" for k in range(len(groups))]
+    densities = [f"density-{i:03d}" for i in config.indices if i in config.density]
+    return ["data", *trained, *solved, *densities]
 
 
 def data_rows(config: Config, problem: Problem) -> Iterator[dict[str, Any]]:
-    """Describe data and network, and score what needs no network."""
     data, spec = problem.data, problem.spec
     counts = torch.bincount(data.train.y, minlength=data.num_classes).double()
     yield {
@@ -121,28 +116,23 @@ def train_rows(
 
 
 def describe_data(rows: list[Row]) -> str:
-    """Return the line of progress: the data set, sizes, and what will be written."""
     row = rows[0]
     sizes = "{num_train} train, {num_test} test, {num_params} parameters".format(**row)
     return f"{row['dataset']}: {sizes}; {row['writes']}"
 
 
 def describe_train(rows: list[Row]) -> str:
-    """Return the line of progress of a window of a sweep: lambdas and test accuracies."""
-    head = (
-        f"train  {rows[0]['sweep']:<10}  lambda {rows[0]['lambda']:.4f}..{rows[-1]['lambda']:.4f}"
-    )
-    return f"{head}  test accuracy {rows[0]['test_accuracy']:.3f}..{rows[-1]['test_accuracy']:.3f}"
+    first, last = rows[0], rows[-1]
+    head = f"train  {first['sweep']:<10}  lambda {first['lambda']:.4f}..{last['lambda']:.4f}"
+    return f"{head}  test accuracy {first['test_accuracy']:.3f}..{last['test_accuracy']:.3f}"
 
 
 def describe_eigen(rows: list[Row]) -> str:
-    """Return the line of progress of a group of lambdas: their largest eigenvalues."""
     head = f"pairs  {'':<10}  lambda {rows[0]['lambda']:.4f}..{rows[-1]['lambda']:.4f}"
     return f"{head}  largest {rows[0]['value_1']:.3f}..{rows[-1]['value_1']:.3f}"
 
 
 def describe_density(rows: list[Row]) -> str:
-    """Return the line of progress of a density: its lambda and trace."""
     return f"density            lambda {rows[0]['lambda']:.4f}  trace {rows[0]['trace']:.3f}"
 
 
@@ -151,9 +141,7 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
     config = replace(config, backend=engine(config)["backend"])  # chosen once for the whole run
     problem, folder = Problem.of(config, data), cell.path
     cell("data", partial(data_rows, config, problem), describe_data)
-    sweeps = {config.sweep: config.chosen, **branches(config)}
-    groups, solved = parts(config.chosen, config.group), 0
-    windows = {name: parts(points, config.window) for name, points in sweeps.items()}
+    windows, groups = windows_of(config), parts(config.chosen, config.group)
     for k in range(max(map(len, windows.values())) + 1):
         tasks: list[Task] = []
         for name, own in windows.items():
@@ -161,29 +149,18 @@ def experiment(config: Config, data: Data, cell: Cell) -> None:
                 before = own[k - 1][-1] if k else None
                 work = partial(train_rows, config, problem, folder, name, before, own[k])
                 tasks.append((f"train-{name}-{k:03d}", work, describe_train))
-        while (
-            solved < len(groups)
-            and min((solved + 1) * config.group, len(config.chosen)) <= k * config.window
-        ):
-            before = groups[solved - 1][-1] if solved else None
-            work = partial(measure.eigen_rows, config, problem, folder, before, groups[solved])
-            tasks.append((f"eigen-{solved:03d}", work, describe_eigen))
-            solved += 1
+        for g, group in enumerate(groups):
+            last = min((g + 1) * config.group, len(config.chosen))
+            if (k - 1) * config.window < last <= k * config.window:
+                before = groups[g - 1][-1] if g else None
+                work = partial(measure.eigen_rows, config, problem, folder, before, group)
+                tasks.append((f"eigen-{g:03d}", work, describe_eigen))
         cell.together(tasks)
     tasks = []
-    for i in config.indices:
-        if i in config.density:
-            work = partial(measure.density_rows, config, problem, folder, i)
-            tasks.append((f"density-{i:03d}", work, describe_density))
+    for i in sorted({*config.indices} & {*config.density}):
+        work = partial(measure.density_rows, config, problem, folder, i)
+        tasks.append((f"density-{i:03d}", work, describe_density))
     cell.together(tasks)
-
-
-def artefacts(folder: Path, records: list[Row]) -> None:
-    """Write the two tables of scores; delete files that killed processes left half written."""
-    for part in folder.glob(f"*/{SCRATCH}*"):
-        part.unlink(missing_ok=True)
-    rows = table(records, "train", sweep=records[0]["sweep"])
-    files.keep_metrics(records[0], folder, by_index(rows).values())
 
 
 STUDY: Study[Config, Data] = Study(
@@ -200,7 +177,7 @@ STUDY: Study[Config, Data] = Study(
     findings=findings,
     report=report,
     headline=headline,
-    artefacts=artefacts,
+    artefacts=files.artefacts,
 )
 
 run = partial(run_study, STUDY)

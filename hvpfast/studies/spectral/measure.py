@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import hvpfast as hf
+from hvpfast.lab.data.splits import fold
 from hvpfast.studies.spectral import artefacts as files
 from hvpfast.studies.spectral.config import Config
-from hvpfast.studies.spectral.data import BASIS_BYTES, NUM_CLASSES, Problem, pieces, scores
-from hvpfast.studies.spectral.train import COLLAPSED_SPREAD, decay_of, seed_of
+from hvpfast.studies.spectral.data import BASIS_BYTES, EVALUATION, NUM_CLASSES, Problem, scores
+from hvpfast.studies.spectral.train import COLLAPSED_SPREAD, decay_of
 
 TOP = NUM_CLASSES
 """Largest dimension of the subspaces in which neighbouring lambdas are compared."""
@@ -58,7 +59,7 @@ def eigenpairs(
         which,
         V0=V0,
         tol=config.tol,
-        seed=seed_of(config, "eigsh", index),
+        seed=fold(config.root_seed, "probes", "eigsh", index),
         compress=False,  # done already
         block_size=min(k, H.shape[0]),
         memory_budget=BASIS_BYTES,
@@ -79,7 +80,7 @@ def collapse_prediction(problem: Problem, flat: Tensor) -> Tensor:
     num, total_p = len(problem.data.train.y), torch.zeros(NUM_CLASSES, dtype=torch.float64)
     total_h = torch.zeros(last_weights.shape[1], dtype=torch.float64)
     with torch.no_grad():
-        for h, _ in pieces(problem.data.train.x, problem.data.train.y):
+        for h in torch.split(problem.data.train.x, EVALUATION):
             for W, b in zip(hidden[::2], hidden[1::2], strict=True):
                 h = torch.sigmoid(h @ W.T + b)
             p = (h @ last_weights.T + last_bias).double().softmax(1)
@@ -134,7 +135,6 @@ def state(config: Config, problem: Problem, folder: Path, index: int) -> Tensor:
 
 
 def timing(what: str, begin: float) -> dict[str, Any]:
-    """Return the row of the seconds since `begin`."""
     return {"table": "timing", "what": what, "seconds": time.perf_counter() - begin}
 
 
@@ -160,12 +160,10 @@ def described(
         "largest_beyond": float(values.abs()[~within].max()) if not bool(within.all()) else None,
         "num_negative": int((values < 0).sum()),
     }
-    predicted = collapse_prediction(problem, flat)
     for i in range(len(values)):
         row[f"value_{i + 1}"], row[f"residual_{i + 1}"] = float(values[i]), float(residuals[i])
-    for i in range(NUM_CLASSES - 1):
-        row[f"predicted_{i + 1}"] = float(predicted[i])
-    return row
+    predicted = collapse_prediction(problem, flat)[: NUM_CLASSES - 1].tolist()
+    return row | {f"predicted_{i}": value for i, value in enumerate(predicted, 1)}
 
 
 def keep(
@@ -193,9 +191,8 @@ def density_rows(
     flat = state(config, problem, folder, index)
     H = problem.hessian(flat, reduced=False)
     begin = time.perf_counter()
-    density = hf.spectral_density(
-        H, config.density_steps, config.density_probes, seed=seed_of(config, "density", index)
-    )
+    seed = fold(config.root_seed, "probes", "density", index)
+    density = hf.spectral_density(H, config.density_steps, config.density_probes, seed=seed)
     yield timing("density", begin)
     lowest = eigenpairs(config, problem, flat, index, NUM_LOWEST, "SA")
     trace = density.trace()

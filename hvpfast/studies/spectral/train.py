@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import hvpfast as hf
-from hvpfast.lab.data.splits import fold, generator
-from hvpfast.lab.measure.training import Diverged
+from hvpfast.lab.data.splits import generator
+from hvpfast.lab.measure.training import Diverged, shuffled
 from hvpfast.lab.runs.folder import StudyError
 from hvpfast.studies.spectral.config import Config
 from hvpfast.studies.spectral.data import NUM_CLASSES, Problem, scores
@@ -71,15 +71,12 @@ def fit(config: Config, problem: Problem, flat: Tensor, index: int, sweep: str) 
     adam = torch.optim.Adam([model.flat], lr=config.learning_rate, weight_decay=decay, fused=True)
     batches = generator(config.root_seed, "batches", sweep, index)
     best, best_epoch, best_state, stopped = math.inf, 0, flat, "epochs"
-    epoch = 0
     for epoch in range(1, config.epochs + 1):
         running = 0.0
-        order = torch.randperm(len(train.y), generator=batches)
-        for first in range(0, len(order), config.batch_size):
-            chosen = order[first : first + config.batch_size]
-            lin = linearize(problem.spec, model.flat, train.x[chosen], train.y[chosen], problem)
+        for batch in shuffled(train, config.batch_size, batches):
+            lin = linearize(problem.spec, model.flat, batch.x, batch.y, problem)
             model.flat.grad = lin.grad
-            running += float(lin.loss) * len(chosen) / len(train.y)
+            running += float(lin.loss) * len(batch.y) / len(train.y)
             adam.step()
         if config.stopping == "effective":
             running = scores(model, train.x, train.y)[0] + decay / 2 * square(model.flat)
@@ -153,28 +150,22 @@ def chain(
     """
     begin = flat
     for index in indices:
-        head = {
-            "table": "train",
-            "sweep": sweep,
-            "index": index,
-            "lambda": config.step * index,
-            "decay": decay_of(config, index),
-        }
         try:
             found = fit(config, problem, begin, index, sweep)
-            row = described(config, problem, found, index)
+            row = described(config, problem, found, index, sweep)
         except Diverged:
             raise StudyError(
                 f"the {sweep} sweep diverged at lambda {config.step * index:g}: the loss is not "
                 "finite. Lower --learning-rate"
             ) from None
-        yield {**head, **row}, found.flat
+        yield row, found.flat
         if sweep != "fresh":
             begin = found.flat
 
 
-def described(config: Config, problem: Problem, found: Fit, index: int) -> dict[str, Any]:
-    """Return the scores, norms and stationarity of trained parameters."""
+def described(
+    config: Config, problem: Problem, found: Fit, index: int, sweep: str
+) -> dict[str, Any]:
     data, decay, flat = problem.data, decay_of(config, index), found.flat
     model = problem.model(flat)
     train_loss, train_hits, spread = scores(model, data.train.x, data.train.y)
@@ -183,10 +174,12 @@ def described(config: Config, problem: Problem, found: Fit, index: int) -> dict[
     effective = gradient + decay * flat.double()
     norm_sq = square(flat)
     row: dict[str, Any] = {
-        "epochs": found.epochs,
-        "best_epoch": found.best_epoch,
-        "stopped": found.stopped,
-        "polish_steps": found.polish_steps,
+        "table": "train",
+        "sweep": sweep,
+        "index": index,
+        "lambda": config.step * index,
+        "decay": decay,
+        **{name: value for name, value in vars(found).items() if name != "flat"},
         "train_loss": train_loss,
         "train_objective": train_loss + decay / 2 * norm_sq,
         "test_loss": test_loss,
@@ -207,8 +200,3 @@ def described(config: Config, problem: Problem, found: Fit, index: int) -> dict[
 def mean(hits: Tensor) -> float | None:
     """Return the share of hits; None where there are no samples."""
     return float(hits.double().mean()) if hits.numel() else None
-
-
-def seed_of(config: Config, *names: str | int) -> int:
-    """Return the seed of a named stream of probes."""
-    return fold(config.root_seed, "probes", *names)
