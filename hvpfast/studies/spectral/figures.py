@@ -10,7 +10,7 @@ from hvpfast.lab.report.plots import COLORS, INK, MUTED, label, legend, new_figu
 from hvpfast.lab.report.records import table
 from hvpfast.lab.report.words import number
 from hvpfast.lab.runs.folder import Row
-from hvpfast.studies.spectral.findings import by_index, gap
+from hvpfast.studies.spectral.findings import by_index, gap, onset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ LAMBDA = r"$\lambda$"
 
 
 def figures(records: list[Row]) -> dict[str, Figure]:
-    """Return the figures by file name."""
     main = by_index(table(records, "train", sweep=records[0]["sweep"]))
     eigen = by_index(table(records, "eigen"))
     made = {
@@ -43,11 +42,7 @@ def columns(eigen: dict[int, dict[str, Any]]) -> tuple[np.ndarray[Any, Any], np.
 
 def collapsed_span(ax: Axes, main: dict[int, dict[str, Any]]) -> None:
     """Shade the lambdas from the first one beyond which every network has collapsed."""
-    first = None
-    for row in reversed(main.values()):
-        if not row["collapsed"]:
-            break
-        first = row["lambda"]
+    first = onset(list(main.values()), "collapsed", True)
     last = max(row["lambda"] for row in main.values())
     if first is not None and first < last:
         ax.axvspan(first, last, facecolor="#f2efe8", zorder=0, lw=0, label="collapsed")
@@ -57,11 +52,10 @@ def spectrum(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]]) 
     """Draw eigenvalues against lambda, linear and logarithmic."""
     figure, axes = new_figure(2, width=5.6, height=4.2)
     lambdas, values = columns(eigen)
-    for ax in axes:
-        collapsed_span(ax, main)
     groups = (("1 to 9", slice(0, 9), COLORS[0]), ("10", slice(9, 10), COLORS[1]),
               ("from 11", slice(10, None), COLORS[4]))  # fmt: skip
     for ax, shown in zip(axes, (values, np.maximum(np.abs(values), 1e-9)), strict=True):
+        collapsed_span(ax, main)
         for name, part, color in groups:
             for j, line in enumerate(shown[:, part].T):
                 ax.plot(lambdas, line, color=color, lw=0.9, label=name if j == 0 else None)
@@ -69,13 +63,8 @@ def spectrum(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]]) 
     decay = np.array([row["decay"] for row in eigen.values()])
     axes[1].plot(lambdas, np.maximum(decay, 1e-9), color=INK, lw=1.1, ls="--")
     end = (lambdas[-1], max(decay[-1], 1e-9))
-    note: dict[str, Any] = {
-        "xytext": (0, 5),
-        "textcoords": "offset points",
-        "ha": "right",
-        "fontsize": 9,
-    }
-    axes[1].annotate("shift of H + d I", end, color=INK, **note)
+    style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
+    axes[1].annotate("shift of H + d I", end, (0, 5), color=INK, **style)
     positive = np.abs(values)[:, : min(20, values.shape[1])]
     floor = float(np.min(positive[[not row["collapsed"] for row in main.values()]], initial=1.0))
     axes[1].set_ylim(max(1e-6, 0.1 * floor), 2 * float(np.abs(values).max()))
@@ -129,18 +118,15 @@ def subspaces(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]])
     label(axes[0], "Outlier gap, before the collapse", LAMBDA, "ratio")
     if alive:
         legend(axes[0])
-    known = [row for row in rows if row["overlap"] is not None]
     collapsed_span(axes[1], main)
-    axes[1].plot(
-        [row["lambda"] for row in known], [row["overlap"] for row in known], color=COLORS[0], lw=1.0
-    )
+    overlaps = [(row["lambda"], row["overlap"]) for row in rows if row["overlap"] is not None]
+    axes[1].plot(*np.reshape(overlaps, (-1, 2)).T, color=COLORS[0], lw=1.0)
     axes[1].set_ylim(0, 1.03)
     label(axes[1], "Overlap of top-10 subspaces of neighbours", LAMBDA, r"$\|U'V\|_F^2 / 10$")
     for c in range(10):
         share = [(row["lambda"], row[f"class_{c}"]) for row in main.values()]
         share = [(x, 100 * y) for x, y in share if y is not None]
-        x, y = ([p[i] for p in share] for i in (0, 1))
-        axes[2].plot(x, y, color=COLORS[c], lw=1.0, label=str(c))
+        axes[2].plot(*np.reshape(share, (-1, 2)).T, color=COLORS[c], lw=1.0, label=str(c))
     label(axes[2], "Test accuracy per class", LAMBDA, "%")
     axes[2].legend(frameon=False, fontsize=8, ncol=2, labelcolor=INK, handlelength=1.2)
     collapsed_span(axes[3], main)
@@ -149,7 +135,7 @@ def subspaces(main: dict[int, dict[str, Any]], eigen: dict[int, dict[str, Any]])
         if name == "cold":
             own += [(r["lambda"], r["cold_matvecs"]) for r in rows if r["cold_matvecs"] is not None]
         if own:
-            x, y = ([p[i] for p in own] for i in (0, 1))
+            x, y = np.reshape(own, (-1, 2)).T
             axes[3].scatter(x, y, s=9, color=color, lw=0, label=f"{name} start")
     axes[3].set_ylim(bottom=0)
     label(axes[3], "Products that the pairs took", LAMBDA, "products")
@@ -163,11 +149,9 @@ def densities(records: list[Row]) -> Figure:
     figure, axes = new_figure(len(rows), width=4.4, height=3.4, columns=min(3, len(rows)))
     for ax, row in zip(axes, rows, strict=True):
         points = table(records, "curve", index=row["index"])
-        u, t = (np.array([p[name] for p in points]) for name in ("u", "t"))
-        low, mean, high = (
-            np.maximum(np.array([p[n] for p in points], dtype=float), 1e-7)
-            for n in ("low", "density", "high")
-        )
+        names = ("u", "t", "low", "density", "high")
+        u, t, *bands = (np.array([p[name] for p in points], dtype=float) for name in names)
+        low, mean, high = np.maximum(bands, 1e-7)
         ax.fill_between(
             u, low, np.minimum(high, 10 * mean.max()), color=COLORS[0], alpha=0.25, lw=0
         )
@@ -175,10 +159,6 @@ def densities(records: list[Row]) -> Figure:
         ax.set(yscale="log", ylim=(1e-6, 3 * mean.max()), xlim=(u[0], u[-1]))
         marks = np.unique(np.linspace(0, len(u) - 1, 6).round().astype(int))
         ax.set_xticks(u[marks], [number(float(t[i]), 1) for i in marks])
-        label(
-            ax,
-            rf"$\lambda$ = {row['lambda']:.4f}",
-            "eigenvalue of H",
-            "density per unit of the axis",
-        )
+        title = rf"$\lambda$ = {row['lambda']:.4f}"
+        label(ax, title, "eigenvalue of H", "density per unit of the axis")
     return figure

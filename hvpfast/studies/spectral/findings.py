@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from hvpfast.lab.report.records import facts, table
+from hvpfast.lab.report.records import facts, first_facts, table
 from hvpfast.lab.runs.folder import Row
 from hvpfast.studies.spectral.config import GRID
 from hvpfast.studies.spectral.data import NUM_CLASSES
@@ -25,24 +25,21 @@ Sweep = Mapping[int, Facts]
 
 
 def findings(records: list[Row], timings: Mapping[str, float]) -> dict[str, Any]:
-    """Return every number that the report prints."""
     config = facts(records[0])
-    main = by_index(table(records, "train", sweep=config["sweep"]))
-    eigen = by_index(table(records, "eigen"))
-    others = sorted({str(r["sweep"]) for r in table(records, "train")} - {config["sweep"]})
-    branches = {name: by_index(table(records, "train", sweep=name)) for name in others}
+    first, trained = config["sweep"], table(records, "train")
+    others = sorted({str(row["sweep"]) for row in trained} - {first})
+    sweeps = {n: by_index([row for row in trained if row["sweep"] == n]) for n in (first, *others)}
+    main, eigen = sweeps[first], by_index(table(records, "eigen"))
     points, solved = list(main.values()), list(eigen.values())
     alive = [eigen[i] for i, row in main.items() if not row["collapsed"]]
     collapsed = [eigen[i] for i, row in main.items() if row["collapsed"]]
     return {
         "config": config,
-        "data": facts(table(records, "data")[0]),
-        "trivial": facts(table(records, "trivial")[0]),
+        "data": first_facts(records, "data"),
+        "trivial": first_facts(records, "trivial"),
         "points": [point(row, eigen[i]) for i, row in main.items()],
-        "collapse": {
-            name: collapse(rows) for name, rows in {config["sweep"]: main, **branches}.items()
-        },
-        "hysteresis": {name: hysteresis(main, rows) for name, rows in branches.items()},
+        "collapse": {name: collapse(rows) for name, rows in sweeps.items()},
+        "hysteresis": {name: hysteresis(main, sweeps[name]) for name in others},
         "largest": largest(solved, alive, collapsed),
         "oracle": oracle(collapsed),
         "outliers": outliers(alive),
@@ -113,15 +110,12 @@ def collapse(sweep: Sweep) -> dict[str, Any]:
 def hysteresis(main: Sweep, other: Sweep) -> dict[str, Any]:
     """Return the lambdas, common to two sweeps, at which exactly one of them has collapsed."""
     both = [i for i in other if i in main]
-    only_main = [main[i]["lambda"] for i in both if other[i]["collapsed"] > main[i]["collapsed"]]
-    only_other = [main[i]["lambda"] for i in both if other[i]["collapsed"] < main[i]["collapsed"]]
-    return {
-        "num": len(both),
-        "alive_only_main": len(only_main),
-        "range_main": [min(only_main), max(only_main)] if only_main else None,
-        "alive_only_other": len(only_other),
-        "range_other": [min(only_other), max(only_other)] if only_other else None,
-    }
+    found: dict[str, Any] = {"num": len(both)}
+    for side, alive, gone in (("main", main, other), ("other", other, main)):
+        only = [main[i]["lambda"] for i in both if gone[i]["collapsed"] > alive[i]["collapsed"]]
+        found[f"alive_only_{side}"] = len(only)
+        found[f"range_{side}"] = [min(only), max(only)] if only else None
+    return found
 
 
 def largest(solved: Rows, alive: Rows, collapsed: Rows) -> dict[str, Any]:
@@ -279,7 +273,6 @@ def times(timings: Mapping[str, float], config: Facts) -> dict[str, Any]:
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Return number, mean, standard deviation and range."""
     return {
         "n": len(values),
         "mean": fmean(values) if values else None,

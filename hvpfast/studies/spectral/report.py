@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvpfast.lab.report.template import render
+from hvpfast.lab.report.template import render, render_lines
 from hvpfast.studies.spectral.config import GRID
 
 QUESTION = "How does the spectrum of an MLP's Hessian change along a sweep of its L2 penalty?"
@@ -21,7 +21,6 @@ Found = Mapping[str, Any]
 
 
 def report(found: Found) -> str:
-    """Return the report in Markdown, without its environment section."""
     return render(
         TEMPLATES / "report.md.jinja",
         **found,
@@ -36,9 +35,7 @@ def report(found: Found) -> str:
 
 
 def headline(found: Found) -> str:
-    """Return the answer in two lines."""
-    paragraphs = render(TEMPLATES / "headline.jinja", **found).strip().split("\n\n")
-    return "\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return render_lines(TEMPLATES / "headline.jinja", **found)
 
 
 def jump_ratio(sweep: Mapping[str, Any]) -> float | None:
