@@ -24,6 +24,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # The class above BatchNorm1d to 3d and SyncBatchNorm: new kinds are known without their names.
 AnyBatchNorm = batchnorm._BatchNorm
 
+# The class above BatchNorm1d to 3d and InstanceNorm1d to 3d.
+AnyNorm = batchnorm._NormBase
+
 # The class above Dropout, Dropout1d to 3d and AlphaDropout: all that draw with a probability ``p``.
 AnyDropout = dropout._DropoutNd
 
