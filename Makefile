@@ -26,18 +26,19 @@ BUILD_SOURCES := pyproject.toml setup.py MANIFEST.in CMakeLists.txt $(shell find
 PACKAGE := $(shell find hvpfast -name '*.py' -o -name '*.md' -o -name '*.pyi' -o -name '*.jinja' -o -name py.typed)
 CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test bench lint format sanitize pytest clean
+.PHONY: study test bench lint format sanitizers sanitize pytest clean
 
 study: $(STUDY)/installed
 	$(STUDY)/bin/hvpfast study hessian-norm --preset default
 
 # The cheapest finding comes first, pytest's summary last. The sanitizers' build needs nothing of the
-# installation but CMake and Ninja: it runs beside the downloads and the linters. The output of each
-# target is printed when it ends, where make can keep it apart.
+# installation but CMake and Ninja: it runs beside the downloads and the linters, and what it built
+# beside pytest. The output of each target of the first step is printed when it ends, where make can
+# keep it apart.
 APART := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 test:
-	$(MAKE) --jobs 2 $(APART) lint sanitize
-	$(MAKE) pytest
+	$(MAKE) --jobs 2 $(APART) lint sanitizers
+	$(MAKE) --jobs 2 sanitize pytest
 
 bench: $(TEST)/installed
 	$(BIN)/hvpfast bench
@@ -56,10 +57,12 @@ format: $(TEST)/installed
 # The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer;
 # SANITIZE=thread looks for races instead.
 SANITIZE ?= address,undefined
-sanitize: $(TEST)/environment-$(STAMP)
+sanitizers: $(TEST)/environment-$(STAMP)
 	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DHVPFAST_PYTHON=OFF -DHVPFAST_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build build/sanitize --target sanitize
+
+sanitize: sanitizers
 	build/sanitize/sanitize
 
 # A file's tests stay on one worker: they share what they build. In order: some long ones come early.

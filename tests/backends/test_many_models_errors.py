@@ -100,7 +100,7 @@ def test_misuse(q: Models) -> None:
     with pytest.raises(NotImplementedError, match="one model at a time"):
         hf.penalty(lin, estimator="exact")
     with pytest.raises(RuntimeError, match="take one model"):
-        lin.state  # noqa: B018
+        lin.diagonal(False)
     with pytest.raises(ValueError, match="curvature must be"):
         hf.ModelsOperator(lin, "fisher")
     one = hf.linearize(q.spec, *q.alone(0))
