@@ -30,7 +30,7 @@ class CpuModelsPenalty(CpuPenaltyOperations):
 class CpuModels(CpuOperations):
     """The C++ linearizations of M models and the tensors they read."""
 
-    __slots__ = ()
+    __slots__ = ("_shape",)
 
     penalty_type = CpuModelsPenalty
 
@@ -38,7 +38,10 @@ class CpuModels(CpuOperations):
 
     def __init__(self, engine: _cpu.Models, params: Tensor, x: Tensor, y: Tensor) -> None:
         self._engine, self._inputs = engine, (params, x, y)
-        self._shape, self.like = tuple(params.shape), x
+        self._shape, self.dtype, self.like = tuple(params.shape), x.dtype, x
+
+    def empty_gradient(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self.dtype)
 
     @property
     def loss(self) -> Tensor:

@@ -23,15 +23,16 @@ class CpuOperations:
     """Operations on K tangents: rows (K, P) of one model, (M, K, P) of M models.
 
     Attributes:
-        like: a tensor of the dtype of all, on the CPU.
+        dtype: of all tensors.
+        like: a tensor of this dtype, on the CPU.
         penalty_type: the class of the penalties.
     """
 
-    __slots__ = ("_engine", "_inputs", "_shape", "like")
+    __slots__ = ("_engine", "_inputs", "dtype", "like")
 
     _engine: _cpu.Linearization | _cpu.Models
     _inputs: tuple[Tensor | Sequence[Tensor], Tensor, Tensor]  # kept alive: the engine reads them
-    _shape: tuple[int, ...]  # of gradients: (P,) or (M, P)
+    dtype: torch.dtype
     like: Tensor
     penalty_type: ClassVar[type[CpuPenaltyOperations]]
 
@@ -45,7 +46,7 @@ class CpuOperations:
 
     def empty_gradient(self) -> Tensor:
         """A new tensor (P,) or (M, P) for a gradient."""
-        return self.like.new_empty(self._shape)
+        raise NotImplementedError
 
     def gradient(self) -> Tensor:
         out = self.empty_gradient()
@@ -71,9 +72,9 @@ class CpuOperations:
 
     def penalty(self, probes: Tensor | ProbeSource, ggn: bool) -> CpuPenaltyOperations:
         if isinstance(probes, ProbeSource):
-            numbers = probes.seed, probes.first, probes.num_probes
+            seed, first, K = probes.seed, probes.first, probes.num_probes
             engine = self._engine.penalty_of_probes(
-                probes.distribution, *numbers, ggn, get_num_threads()
+                probes.distribution, seed, first, K, ggn, get_num_threads()
             )
             return self.penalty_type(self, engine, None)
         K = probes.size(-2)

@@ -101,13 +101,13 @@ class CpuPenalty(CpuPenaltyOperations):
 
     @property
     def penalty(self) -> Tensor:
-        return torch.scalar_tensor(self._engine.value, dtype=self._state.like.dtype)
+        return torch.scalar_tensor(self._engine.value, dtype=self._state.dtype)
 
 
 class CpuState(CpuOperations):
     """A C++ linearization and the tensors it reads."""
 
-    __slots__ = ("_spec", "loss_value")
+    __slots__ = ("_num_params", "_spec", "loss_value")
 
     penalty_type = CpuPenalty
 
@@ -122,12 +122,15 @@ class CpuState(CpuOperations):
         y: Tensor,
     ) -> None:
         self._engine, self._spec, self._inputs = engine, spec, (params, x, y)
-        self._shape, self.like = (spec.num_params,), x
+        self._num_params, self.dtype, self.like = spec.num_params, x.dtype, x
         self.loss_value: float = engine.loss
 
     @property
     def loss(self) -> Tensor:
-        return torch.scalar_tensor(self.loss_value, dtype=self.like.dtype)
+        return torch.scalar_tensor(self.loss_value, dtype=self.dtype)
+
+    def empty_gradient(self) -> Tensor:
+        return torch.empty(self._num_params, dtype=self.dtype)
 
     @property
     def normalizer(self) -> float:
