@@ -135,6 +135,19 @@ def test_helpers_stop_where_their_run_has_gone(tmp_path: Path) -> None:
     assert not folder.cell_path("a").exists()
 
 
+def test_a_helper_runs_the_package_of_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "hvpfast"  # a checkout in the working directory, which is not ours
+    other.mkdir()
+    (other / "__init__.py").write_text("raise SystemExit('another copy')\n")
+    monkeypatch.chdir(tmp_path)
+    helpers = Helpers(tmp_path / "none", PLAIN.module, 1)
+    helpers.start()
+    helpers.processes[0].wait(timeout=60)
+    assert "holds no run to help with" in capfd.readouterr().err
+
+
 def test_helpers_are_ended_with_the_run(tmp_path: Path) -> None:
     helpers = Helpers(tmp_path, PLAIN.module, 1)
     helpers.start()

@@ -103,6 +103,15 @@ def team() -> Team:
     return found
 
 
+# A helper runs the package of its parent: ``python -m`` would first look in the working directory,
+# where a checkout may lie beside an installation.
+HELPER = """
+import runpy, sys
+sys.path[0] = sys.argv.pop(1)
+runpy.run_module("hvpfast.lab.runs.helper", run_name="__main__")
+"""
+
+
 class Helpers:
     """Further processes for the run in a folder, started where enough work is left."""
 
@@ -114,8 +123,8 @@ class Helpers:
         """Start the processes; a second call does nothing."""
         paths = [str(checkout()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        arguments = [str(self.folder), self.module, str(os.getpid())]
-        command = [sys.executable, "-m", "hvpfast.lab.runs.helper", *arguments]
+        arguments = [str(checkout()), str(self.folder), self.module, str(os.getpid())]
+        command = [sys.executable, "-c", HELPER, *arguments]
         while len(self.processes) < self.number:
             # in sessions of their own: Ctrl-C reaches the run alone, which then stops them
             process = subprocess.Popen(command, env=environment, start_new_session=True)
