@@ -76,7 +76,7 @@ pytest: $(TEST)/installed
 $(STUDY)/environment-$(STAMP) $(TEST)/environment-$(STAMP):
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install cmake ninja
+	$(if $(filter $(TEST),$(@D)),$(@D)/bin/pip install cmake ninja)
 	touch $@
 
 $(STUDY)/$(STAMP) $(TEST)/$(STAMP): %/$(STAMP): %/environment-$(STAMP)

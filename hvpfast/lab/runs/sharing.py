@@ -121,13 +121,11 @@ class Helpers:
 
     def start(self) -> None:
         """Start the processes; a second call does nothing."""
-        paths = [str(checkout()), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         arguments = [str(checkout()), str(self.folder), self.module, str(os.getpid())]
         command = [sys.executable, "-c", HELPER, *arguments]
         while len(self.processes) < self.number:
             # in sessions of their own: Ctrl-C reaches the run alone, which then stops them
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, start_new_session=True)
             self.processes.append(process)
 
     def stop(self) -> None:
