@@ -72,23 +72,24 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsco
 pytest: $(TEST)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# --no-compile: Python compiles the modules that are imported, a tenth of what is installed.
 # The stamp's name holds PYTHON and TORCH: when one changes, the environment is made anew.
 $(STUDY)/environment-$(STAMP) $(TEST)/environment-$(STAMP):
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	$(if $(filter $(TEST),$(@D)),$(@D)/bin/pip install cmake ninja)
+	$(if $(filter $(TEST),$(@D)),$(@D)/bin/pip install --no-compile cmake ninja)
 	touch $@
 
 $(STUDY)/$(STAMP) $(TEST)/$(STAMP): %/$(STAMP): %/environment-$(STAMP)
-	$(@D)/bin/pip install '$(TORCH)'
+	$(@D)/bin/pip install --no-compile '$(TORCH)'
 	touch $@
 
 $(STUDY)/installed: $(STUDY)/$(STAMP) $(BUILD_SOURCES) $(PACKAGE)
-	$(STUDY)/bin/pip install '.[studies]'
+	$(STUDY)/bin/pip install --no-compile '.[studies]'
 	touch $@
 
 $(TEST)/installed: $(TEST)/$(STAMP) $(BUILD_SOURCES)
-	$(BIN)/pip install '$(TORCH)' '$(TRITON)' -e '.[dev,studies,bench,compat,triton]'
+	$(BIN)/pip install --no-compile '$(TORCH)' '$(TRITON)' -e '.[dev,studies,bench,compat,triton]'
 	touch $@
 
 clean:

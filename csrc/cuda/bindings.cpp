@@ -248,6 +248,7 @@ PYBIND11_MODULE(HVPFAST_CUDA_MODULE, m) {
     emulation::runtime.shared_bytes = shared_bytes;
     emulation::runtime.allowed.clear();
     emulation::runtime.knows_streams = driver >= 12080;
+    ask_devices_again();
   });
 #endif
 }

@@ -14,6 +14,18 @@ int attribute(cudaDeviceAttr which, int index) {
   check(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
   return value;
 }
+
+Device ask(int index) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+  if (major < kLeastMajor)
+    throw std::invalid_argument("CUDA device " + std::to_string(index) +
+                                " has compute capability " + std::to_string(major) +
+                                ".x; the kernels are compiled for 8.0 and newer");
+  return {index, attribute(cudaDevAttrMultiProcessorCount, index),
+          size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index))};
+}
+
+std::map<int, Device> known_devices;
 }  // namespace
 
 std::string device_problem() {
@@ -35,18 +47,17 @@ std::string device_problem() {
 
 const Device& device_of(int index) {
   static std::mutex mutex;
-  static std::map<int, Device> devices;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = devices.find(index); found != devices.end()) return found->second;
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
-  if (major < kLeastMajor)
-    throw std::invalid_argument("CUDA device " + std::to_string(index) +
-                                " has compute capability " + std::to_string(major) +
-                                ".x; the kernels are compiled for 8.0 and newer");
-  const Device device{index, attribute(cudaDevAttrMultiProcessorCount, index),
-                      size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index))};
-  return devices.emplace(index, device).first->second;
+  auto found = known_devices.find(index);
+  if (found == known_devices.end()) found = known_devices.emplace(index, ask(index)).first;
+  return found->second;
 }
+
+#if defined(HVPFAST_EMULATE)
+void ask_devices_again() {
+  for (auto& [index, device] : known_devices) device = ask(index);
+}
+#endif
 
 DeviceGuard::DeviceGuard(int index) {
   check(cudaGetDevice(&before_), "cudaGetDevice");

@@ -14,6 +14,9 @@ std::string device_problem();
 
 // What launches need to know of a device; asked once.
 const Device& device_of(int index);
+#if defined(HVPFAST_EMULATE)
+void ask_devices_again();  // another machine is emulated
+#endif
 
 // Makes a device current while it lives.
 class DeviceGuard {

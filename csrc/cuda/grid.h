@@ -29,6 +29,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t item = blockIdx.x / parts;
   const int64_t size = int64_t(rows) * cols;
   const int part = int(blockIdx.x % parts);
+  if (int64_t(part) * kThreads >= size) {  // nothing is left for this part
+    if (threadIdx.x == 0) slots[item * num_slots + first + part] = 0;
+    return;
+  }
   double sum = 0;
   for (int64_t entry = int64_t(part) * kThreads + threadIdx.x; entry < size;
        entry += int64_t(parts) * kThreads)

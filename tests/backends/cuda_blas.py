@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, Case, problem, with_dtype
-from cuda_emulated import STAND_IN, stand_in, use_blas
+from cuda_emulated import STAND_IN, set_shared_bytes, stand_in, use_blas
 from cuda_problems import LAUNCH, SPECS, WIDE, models, operations
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from hvpfast.backends.probes.source import ProbeSource
 
 ENGINE = cuda_models.engine()
 assert not isinstance(ENGINE, str)
+set_shared_bytes(0)
 NAMES = [str(STAND_IN)]
 # cublasStatus_t
 STATUSES = {

@@ -205,11 +205,14 @@ def test_wrong_provider_is_reported_and_not_timed(monkeypatch: pytest.MonkeyPatc
         ),
         io.StringIO(),
     )
-    by_provider = {row["provider"]: row for row in result["rows"]}
-    wrong = by_provider["distorted"]
-    assert wrong["status"] == "wrong"
-    assert wrong["median_s"] is None
-    assert by_provider["torch-eager"]["status"] == "timed"
+    rows: dict[str, list[dict[str, Any]]] = {
+        "distorted": [],
+        "torch-eager": [],
+    }  # of the second the fastest forms are timed
+    for row in result["rows"]:
+        rows[row["provider"]].append(row)
+    assert [(row["status"], row["median_s"]) for row in rows["distorted"]] == [("wrong", None)]
+    assert "timed" in {row["status"] for row in rows["torch-eager"]}
     assert "wrong: distorted: double backward: hvp max: error" in report.render(result)
 
 

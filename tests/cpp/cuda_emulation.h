@@ -4,8 +4,8 @@
 #pragma once
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
-#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -42,7 +42,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -81,6 +81,7 @@ class Block {
     arrived_.assign(size_t(threads) + 1, 0);
     done_.assign(size_t(threads), false);
     slots_.resize(size_t(threads));
+    exchanges_.assign(size_t(threads), 0);
     while (live_ > 0) {
       const int64_t before = progress_;
       for (current_ = 0; current_ < threads; ++current_)
@@ -101,15 +102,16 @@ class Block {
   }
   void wait_all() { wait(threads_, threads_); }
 
-  // Values exchanged in groups of `width` neighbouring threads.
+  // Values exchanged in groups of `width` neighbouring threads. A thread's slots are used by turns:
+  // who writes one again has met the whole group since the others read it.
   template <class T>
   T exchange(T value, int offset, int width) {
     const int own = int(threadIdx.x), group = own / width * width;
-    std::memcpy(&slots_[size_t(own)], &value, sizeof(T));
+    const int64_t turn = exchanges_[size_t(own)]++ % 2;
+    std::memcpy(&slots_[size_t(own)][turn], &value, sizeof(T));
     wait(group, width);
     T other;
-    std::memcpy(&other, &slots_[size_t(group + ((own - group) ^ offset))], sizeof(T));
-    wait(group, width);
+    std::memcpy(&other, &slots_[size_t(group + ((own - group) ^ offset))][turn], sizeof(T));
     return other;
   }
 
@@ -119,19 +121,22 @@ class Block {
   }
 
  private:
-  static constexpr size_t kStack = 256 << 10;
+  static constexpr size_t kStack = 64 << 10;
+  using Place = void* [5];  // of GCC's and Clang's setjmp, which calls no function
   struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStack]};
     ucontext_t context;
-    jmp_buf at;
+    Place at;
     bool started = false;
   };
 
-  void resume() {
+  [[gnu::noinline]] static void jump(Place& to) { __builtin_longjmp(to, 1); }
+
+  [[gnu::noinline]] void resume() {
     threadIdx = {unsigned(current_), 0, 0};
     Fiber& fiber = fibers_[current_];
-    if (_setjmp(scheduler_) != 0) return;
-    if (fiber.started) _longjmp(fiber.at, 1);
+    if (__builtin_setjmp(scheduler_) != 0) return;
+    if (fiber.started) jump(fiber.at);
     fiber.started = true;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -140,8 +145,8 @@ class Block {
     makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 0);
     setcontext(&fiber.context);
   }
-  void yield() {
-    if (_setjmp(fibers_[current_].at) == 0) _longjmp(scheduler_, 1);
+  [[gnu::noinline]] void yield() {
+    if (__builtin_setjmp(fibers_[current_].at) == 0) jump(scheduler_);
   }
   // A fiber runs one thread of every block.
   static void enter() {
@@ -160,9 +165,10 @@ class Block {
   int64_t progress_ = 0;
   std::vector<int64_t> arrived_;
   std::vector<bool> done_;
-  std::vector<double> slots_;
+  std::vector<std::array<double, 2>> slots_;
+  std::vector<int64_t> exchanges_;
   std::vector<unsigned char> dynamic_;
-  jmp_buf scheduler_;
+  Place scheduler_;
   Fiber fibers_[kMost];
 };
 

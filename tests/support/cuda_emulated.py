@@ -1,8 +1,7 @@
 """A pytest plugin: backend "cuda" runs on CPU tensors, its kernels emulated on the host.
 
 ``HVPFAST_CUDA_EMULATED`` is the path of the module, which CMake builds with the option of this name
-(test_cuda_emulated.py does). A library that stands in for cuBLAS lies beside it; with
-``HVPFAST_CUDA_EMULATED_BLAS=1`` it computes every product that is a launch of its own.
+(test_cuda_emulated.py does). A library that stands in for cuBLAS lies beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
-
-import pytest
 
 from hvpfast.backends.cuda import many as cuda_models
 from hvpfast.backends.cuda import state as cuda
@@ -33,9 +30,13 @@ def load(path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     cuda.unavailable.cache_clear()
     cuda_models.engine = lambda: module  # type: ignore[assignment]
-    shared_bytes = int(os.environ.get("HVPFAST_CUDA_EMULATED_SHARED", 96 << 10))
-    module.set_machine(13000, 1, shared_bytes)  # none: no network is small
     return module
+
+
+def set_shared_bytes(count: int) -> None:
+    """From now on a block has so much shared memory; with none no network is small."""
+    cuda_models.engine().set_machine(13000, 1, count)  # type: ignore[union-attr]
+    cuda_models._sizes.cache_clear()
 
 
 def use_blas(names: list[str], least_macs: int = 0, least_side: int = 0) -> None:
@@ -45,10 +46,5 @@ def use_blas(names: list[str], least_macs: int = 0, least_side: int = 0) -> None
     cuda_models._sizes.cache_clear()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.write_line(f"stand-in for cuBLAS: {stand_in.stand_in_products()} calls")
-
-
 load(MODULE)
-if os.environ.get("HVPFAST_CUDA_EMULATED_BLAS") == "1":
-    use_blas([str(STAND_IN)])
+set_shared_bytes(96 << 10)
