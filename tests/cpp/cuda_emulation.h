@@ -130,9 +130,10 @@ class Block {
     bool started = false;
   };
 
-  [[gnu::noinline]] static void jump(Place& to) { __builtin_longjmp(to, 1); }
+  // Others than the callers' registers are lost in these: nothing is assumed of them (noipa).
+  [[gnu::noipa]] static void jump(Place& to) { __builtin_longjmp(to, 1); }
 
-  [[gnu::noinline]] void resume() {
+  [[gnu::noipa]] void resume() {
     threadIdx = {unsigned(current_), 0, 0};
     Fiber& fiber = fibers_[current_];
     if (__builtin_setjmp(scheduler_) != 0) return;
@@ -145,7 +146,7 @@ class Block {
     makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 0);
     setcontext(&fiber.context);
   }
-  [[gnu::noinline]] void yield() {
+  [[gnu::noipa]] void yield() {
     if (__builtin_setjmp(fibers_[current_].at) == 0) jump(scheduler_);
   }
   // A fiber runs one thread of every block.
