@@ -23,6 +23,25 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     return (A + A.T) / 2
 
 
+def hessian_like(size: int) -> Tensor:
+    """Eigenvalues with a few outliers, a bulk near zero and negative ones."""
+    generator = torch.Generator().manual_seed(1)
+    bulk = 0.1 * torch.randn(size - 8, generator=generator).double()
+    return torch.cat([torch.tensor([9.0, 7, 5, 4, 3.5, -3, 2, -1.5]).double(), bulk])
+
+
+def expected(values: Tensor, k: int, which: str) -> Tensor:
+    """The wanted eigenvalues in the documented order."""
+    down = values.sort(descending=True).values
+    if which == "LM":
+        return values[values.abs().argsort(descending=True)][:k]
+    if which == "LA":
+        return down[:k]
+    if which == "SA":
+        return down.flip(0)[:k]
+    return torch.cat([down[: k - k // 2], down[len(down) - k // 2 :]])
+
+
 def _numbers() -> Tensor:
     return torch.arange(1, _SIZE + 1, dtype=torch.float64)
 

@@ -39,17 +39,25 @@ class Lanczos:
             an invariant subspace is complete.
         capacity: rows of the basis to allocate initially.
         limit: rows of the basis at most.
+        scale: ||A|| as far as it is known.
 
     Attributes:
         products, seed: as given.
         basis: Q.
+        invariant: whether Q spans an invariant subspace, B = 0 and the next block is random.
         eps: rounding unit of the products.
         scale: largest norm of a product so far, at most ||A||.
         num_restarts: thick restarts so far.
     """
 
     def __init__(
-        self, products: Products, start: Tensor, seed: int, capacity: int, limit: int
+        self,
+        products: Products,
+        start: Tensor,
+        seed: int,
+        capacity: int,
+        limit: int,
+        scale: float = 0.0,
     ) -> None:
         self.products, self.seed, self._drawn = products, seed, 0
         dtype = at_least_single(products.dtype)
@@ -57,8 +65,9 @@ class Lanczos:
         self.block_size, self._limit = start.shape[0], min(limit, products.size)
         self.basis = Basis(products.size, dtype, products.device, capacity, self._limit)
         self._room = np.zeros((2 * capacity, 2 * capacity))
-        self.scale, self.num_restarts = 0.0, 0
+        self.scale, self.num_restarts = scale, 0
         self._near = 0  # first row of the last block but one; 0, all rows, after a restart
+        self._tridiagonal = self.block_size == 1  # up to rounding
         lengths = torch.linalg.vector_norm(start, dim=1, keepdim=True)
         tiny = torch.finfo(dtype).tiny
         _, _, self._next = self.basis.orthonormalize(start / lengths.clamp(min=tiny), 1e-3)
@@ -81,12 +90,18 @@ class Lanczos:
         return self._next.shape[0]
 
     @property
+    def room(self) -> int:
+        """Number of further rows that the basis may have beside the next block."""
+        return self._limit - self.basis.count - self.next_size
+
+    @property
     def full(self) -> bool:
         """Whether the next block does not fit into the basis."""
-        return self.basis.count + self.next_size > self._limit
+        return self.room < 0
 
     def _fill(self) -> None:
         """Fill an empty next block with random directions, unless the basis is complete."""
+        self.invariant = self._next.shape[0] == 0
         while self._next.shape[0] == 0 and not self.complete:
             count = min(self.block_size, self.products.size - self.basis.count)
             source = ProbeSource(count, "normal", self.seed, 2**31 + self._drawn)
@@ -137,7 +152,7 @@ class Lanczos:
         """theta (m,) increasing, S (m, m) with columns s, and the residual norms ||B s|| (m,)."""
         count = self.basis.count
         H, B = self._room[:count, :count], self._B
-        if self.block_size == 1 and self.num_restarts == 0:  # tridiagonal up to rounding
+        if self._tridiagonal:
             beside = (H.diagonal(1) + H.diagonal(-1)) / 2
             theta, S = scipy.linalg.eigh_tridiagonal(H.diagonal(), beside)
             return theta, S, np.abs(B[:, -1:]).sum() * np.abs(S[-1])
@@ -150,11 +165,24 @@ class Lanczos:
         factor = torch.from_numpy(np.ascontiguousarray((self._B @ S).T)).to(self._next)
         return factor @ self._next
 
-    def restart(self, theta: Array, S: Array, k: int, which: str) -> None:
-        """Cut the basis back to the k wanted Ritz vectors and the next ones in that order."""
-        kept = min(k + (self._limit - k) // 2, self._limit - 2 * self.block_size)
+    def restart(self, theta: Array, S: Array, k: int, which: str, spare: int | None = None) -> None:
+        """Cut the basis back to the k wanted Ritz vectors and ``spare`` others in that order.
+
+        None is half of the room that the k leave.
+        """
+        spare = (self._limit - k) // 2 if spare is None else spare
+        kept = min(k + spare, max(k, self._limit - 2 * self.next_size))
         chosen = order_of(theta, which)[:kept]
         self.basis.rotate(S[:, chosen].T)
         self._room[:kept, :kept] = np.diag(theta[chosen])
         self._B = self._B @ S[:, chosen]
-        self.num_restarts, self._near = self.num_restarts + 1, 0
+        self.num_restarts, self._near, self._tridiagonal = self.num_restarts + 1, 0, False
+
+    def take(self, rows: Tensor) -> None:
+        """Make rows (j, P) that are orthogonal to Q directions of the next block."""
+        have = 0 if self.invariant else self.next_size
+        block = torch.cat([self._next[:have], rows.to(self._next)])
+        # N = R V with the new block V: N' B = V' (R' B)
+        _, R, self._next = self.basis.orthonormalize(block, 1e-3)
+        self._B = R[:have].T @ self._B[:have]
+        self.invariant, self._tridiagonal, self._near = have == 0, False, 0

@@ -1,5 +1,8 @@
 """Wanted eigenpairs by Lanczos: when to check, when to stop, and what the true residuals are.
 
+Pairs whose residuals are small enough are accepted when a search outside of the basis (unseen.py)
+finds none that is more wanted; what it finds goes into the next block.
+
 The recurrence gives the residual norm ||B s_i|| of every Ritz pair for the products as computed.
 What their rounding adds is measured at the end, with one more product:
 
@@ -21,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvpfast.analysis.eigen import unseen
 from hvpfast.analysis.eigen.lanczos import Lanczos
 from hvpfast.analysis.eigen.ritz import Array, wanted
 from hvpfast.backends.probes.draw import probe_rows
@@ -31,13 +35,17 @@ RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlyi
 
 @dataclass(frozen=True)
 class Pairs:
-    """theta (j,), rows y (j, P); per pair its residual norm, the rounding in it, converged."""
+    """theta (j,), rows y (j, P); per pair its residual norm, the rounding in it, converged.
+
+    ``sure``: a search outside of them has found no pair that is more wanted.
+    """
 
     theta: Array
     rows: Tensor
     residuals: Array
     noise: Array
     converged: NDArray[np.bool_]
+    sure: bool
     stop_reason: str
 
 
@@ -49,7 +57,8 @@ def find_pairs(
     ``by_pair``: compute residuals with k products rather than measure rounding with one.
     """
     products, budget = lanczos.products, max_matvecs - (k if by_pair else 1)
-    schedule, share = _Schedule(k), 0.95
+    schedule, share, width = _Schedule(k), 0.95, 1
+    sure = False  # no pair is missing
     while True:
         ended = lanczos.complete or products.num_matvecs + lanczos.next_size > budget
         if products.num_matvecs >= schedule.next or ended or lanczos.full:
@@ -58,12 +67,24 @@ def find_pairs(
             targets = np.maximum(share * tol * np.abs(theta[chosen]), lanczos.floor)
             ratio = float(np.max(estimates[chosen] / np.maximum(targets, 1e-300)))
             if ended or (len(chosen) == k and ratio <= 1.0):
-                found = theta[chosen], S[:, chosen], estimates[chosen]
-                pairs = _measured(lanczos, *found, tol, by_pair)
-                share /= 2  # the estimates meet the target, but maybe not with rounding added
-                if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
-                    return pairs
-            elif lanczos.full:
+                if not (ended or sure):
+                    if lanczos.room < unseen.ROOM:
+                        lanczos.restart(theta, S, k, which, spare=0)
+                        theta, S, estimates = lanczos.ritz()
+                        chosen = wanted(theta, k, which)
+                    values, room = theta[chosen], lanczos.room
+                    rows, finished = unseen.search(lanczos, values, which, tol, width, room, budget)
+                    sure, ended = finished and len(rows) == 0, not finished
+                    if len(rows):
+                        lanczos.take(rows[: max(1, lanczos.room // 2)])
+                        width = min(2 * width, k)
+                if ended or sure:
+                    found = theta[chosen], S[:, chosen], estimates[chosen]
+                    pairs = _measured(lanczos, *found, tol, by_pair, sure or lanczos.complete)
+                    share /= 2  # the estimates meet the target, but maybe not with rounding added
+                    if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
+                        return pairs
+            if lanczos.full:
                 lanczos.restart(theta, S, k, which)
             schedule.checked(products.num_matvecs, ratio)
         lanczos.step()
@@ -87,7 +108,13 @@ class _Schedule:
 
 
 def _measured(
-    lanczos: Lanczos, theta: Array, S: Array, estimates: Array, tol: float, by_pair: bool
+    lanczos: Lanczos,
+    theta: Array,
+    S: Array,
+    estimates: Array,
+    tol: float,
+    by_pair: bool,
+    sure: bool,
 ) -> Pairs:
     """The Ritz pairs with their residuals and whether these are within the tolerance."""
     products, basis, floor, size = lanczos.products, lanczos.basis, lanczos.floor, np.abs(theta)
@@ -109,15 +136,16 @@ def _measured(
         noise = np.hypot(_norms(difference)[0], RELATIVE_NOISE * lanczos.eps * size)
         residuals = np.hypot(estimates, noise)
     # a zero eigenvalue has no relative residual: rounding alone decides
-    zero = (size <= RELATIVE_NOISE * floor) & (residuals <= 4 * RELATIVE_NOISE * floor)
+    least = 4 * RELATIVE_NOISE * floor
+    zero = (size <= least) & (residuals <= least)
     converged = (residuals <= tol * size) | zero
     if converged.all():
-        reason = "converged"
+        reason = "converged" if sure else "max_matvecs"
     else:
         hopeless = np.maximum(noise, floor) > 0.7 * tol * size
         rounding = lanczos.complete or hopeless[~converged].all()
         reason = "precision" if rounding else "max_matvecs"
-    return Pairs(theta, rows, residuals, noise, converged, reason)
+    return Pairs(theta, rows, residuals, noise, converged, sure, reason)
 
 
 def _norms(rows: Tensor) -> Array:

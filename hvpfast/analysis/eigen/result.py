@@ -25,8 +25,8 @@ class EigenResult:
         residual_floor: the measured residual norm that rounding of products leaves; the least
             that any pair can reach in this dtype.
         num_matvecs: products with one vector.
-        stop_reason: "converged"; "max_matvecs", the budget ended; "precision", what is not
-            converged cannot be in this dtype.
+        stop_reason: "converged", and none that is more wanted was found outside; "max_matvecs", the
+            budget ended before; "precision", what is not converged cannot be in this dtype.
         message: the reason as a sentence, with numbers.
         which, tol, seed, block_size: the arguments, with "auto" and None resolved.
         num_restarts: number of times the basis was cut back to fit into memory.

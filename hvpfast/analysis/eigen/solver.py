@@ -41,8 +41,12 @@ def eigsh(
     """k eigenpairs ``A y = theta y`` of a symmetric operator, by block Lanczos.
 
     The basis is orthogonalised in full, twice; it is restarted (thick restarts) only where it would
-    exceed the memory budget. Products are computed in the dtype of A, the projected problem is
-    solved in float64. The result depends on ``seed``, the block size and the products only.
+    exceed the memory budget. Before pairs are accepted, random directions outside of the basis are
+    searched for others, so that repeated eigenvalues are found as often as they are there, up to k,
+    and no start vector hides a pair; this takes about ten products, more where the spectrum is
+    dense at the last wanted eigenvalue. Products are computed in the dtype of A, the projected
+    problem is solved in float64. The result depends on ``seed``, the block size and the products
+    only.
 
     Args:
         A: anything with ``.shape`` (P, P) and ``@`` on columns (P, K): operators of this library,
@@ -58,9 +62,7 @@ def eigsh(
         max_matvecs: budget of products with one vector; when it ends, the pairs so far are
             returned. None is ``max(1000, 50 k)``.
         block_size: vectors multiplied at once. 1 takes the fewest products, more make a product
-            cheaper per vector; ``"auto"`` chooses by counts of operations. Of equal or nearly equal
-            eigenvalues a run finds as many as a block has vectors, like every Krylov method: if
-            there may be more, give a larger block, with random columns in V0.
+            cheaper per vector; ``"auto"`` chooses by counts of operations.
         memory_budget: bytes that the basis may take; ``"auto"`` is half of the free memory.
         compress: row-space compression, exact to rounding, for the Hessian or Gauss-Newton matrix
             of a perceptron whose inputs have a rank below their number of columns, above all with
@@ -81,7 +83,8 @@ def eigsh(
 
     References:
         Golub, Underwood (1977), doi:10.1016/B978-0-12-587260-7.50018-2;
-        Wu, Simon (2000), doi:10.1137/S0895479898334605.
+        Wu, Simon (2000), doi:10.1137/S0895479898334605;
+        Kuczynski, Wozniakowski (1992), doi:10.1137/0613066.
     """
     given = Products(A)
     _check(given.size, k, which, tol, block_size, compress)
@@ -216,7 +219,10 @@ def _lifted(pairs: Pairs, smaller: CompressedOperator, k: int, which: str) -> Pa
         residuals=pick(pairs.residuals, 0.0),
         noise=pick(pairs.noise, 0.0),
         converged=converged,
-        stop_reason="converged" if converged.all() and complete else pairs.stop_reason,
+        sure=pairs.sure,
+        stop_reason=(
+            "converged" if converged.all() and complete and pairs.sure else pairs.stop_reason
+        ),
     )
 
 
@@ -224,7 +230,9 @@ def _message(pairs: Pairs, k: int, tol: float, floor: float, products: Products)
     have, good = len(pairs.theta), int(pairs.converged.sum())
     text = f"{good} of {k} pairs have residuals within {tol:g} |theta|"
     text += f", after {products.num_matvecs} products"
-    if pairs.stop_reason == "max_matvecs":
+    if pairs.stop_reason == "max_matvecs" and good == k:
+        text += "; the budget of products ended before the search for others: raise max_matvecs"
+    elif pairs.stop_reason == "max_matvecs":
         text += "; the budget of products ended: raise max_matvecs"
         text += f" (only {have} pairs are there)" if have < k else ""
     if pairs.stop_reason == "precision":
