@@ -250,7 +250,7 @@ def _bumps(
     padding = margin * (ends[1] - ends[0])
     low, high = ends[0] - padding, ends[1] + padding
     sigma = (high - low) / (ncv - 1) / math.sqrt(8 * math.log(kappa))
-    grid = torch.linspace(low, high, num_points, dtype=torch.float64)
+    grid = torch.linspace(low, high, num_points, dtype=torch.float64, device="cpu")
     offsets = (grid[:, None] - nodes) / sigma
     bumps = torch.exp(-offsets.square() / 2) / (sigma * math.sqrt(2 * math.pi))
     like = Products(A)

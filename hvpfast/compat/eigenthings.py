@@ -261,12 +261,14 @@ def spectral_density(
     spread = max(high - low, 1e-9)
     width = spread / lanczos_steps if sigma is None else sigma
     padding = grid_padding * spread
-    grid = torch.linspace(low - padding, high + padding, num_grid_points, dtype=torch.float64)
+    grid = torch.linspace(
+        low - padding, high + padding, num_grid_points, dtype=torch.float64, device="cpu"
+    )
     density = torch.zeros_like(grid)
     for theta, weight in zip(nodes, weights, strict=True):
         bumps = torch.exp(-((grid[:, None] - theta) / width).square() / 2)
         density += bumps @ weight / (num_runs * width * math.sqrt(2 * math.pi))
-    beyond = torch.arange(nodes.shape[1]) >= result.num_nodes[:, None]
+    beyond = torch.arange(nodes.shape[1], device="cpu") >= result.num_nodes[:, None]
     return SpectralDensityResult(
         grid=grid,
         density=density,

@@ -159,7 +159,7 @@ def _penalty_gradient(*args: Any) -> Tensor:
 
 
 def _fresh_seed(call: int) -> Tensor:
-    return torch.tensor(fresh_seed(), dtype=torch.int64)
+    return torch.tensor(fresh_seed(), dtype=torch.int64, device="cpu")
 
 
 def _probes(
@@ -198,7 +198,7 @@ def _fake_forms(params: list[Tensor], x: Tensor, y: Tensor, rows: Tensor, *rest:
 
 
 def _fake_seed(call: int) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 def _fake_probes(

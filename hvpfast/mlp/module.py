@@ -27,7 +27,7 @@ from hvpfast.mlp.spec import (
     split_flat,
 )
 from hvpfast.utils.choice import check_choice
-from hvpfast.utils.torch_private import hooks_of
+from hvpfast.utils.torch_private import alterations_of, hooks_of_all_modules, is_written_in
 
 
 class NotAnMLPError(ValueError):
@@ -174,7 +174,9 @@ _Recognised = tuple[tuple[int, ...], str, bool, list[Tensor]]
 
 def _recognise(module: nn.Module) -> _Recognised:
     """(sizes, activation, bias, parameter tensors), or NotAnMLPError with the reason."""
-    if type(module) is MLP and not hooks_of(module):
+    if hooks_of_all_modules():
+        raise NotAnMLPError("hooks are registered for all modules")
+    if type(module) is MLP and not _altered(module):
         return module.sizes, module.activation, module.bias, [module.flat]
     linears, activations = _linears_and_activations(module)
     if not linears:
@@ -211,9 +213,10 @@ def _linears_and_activations(module: nn.Module) -> tuple[list[nn.Linear], list[s
     for name, layer in _leaves(module, ""):
         kind = type(layer).__name__
         where = f"layer {name} is {kind}" if name else f"the model is {kind}"
-        if hooks_of(layer):
-            raise NotAnMLPError(f"{where} with hooks")
+        if _altered(layer):
+            raise NotAnMLPError(f"{where} with hooks or another forward")
         if type(layer) is nn.Linear:
+            _check_parameters(layer, where)
             linears.append(layer)
             activations.append("identity")
         elif type(layer) is nn.Dropout:
@@ -235,14 +238,34 @@ def _linears_and_activations(module: nn.Module) -> tuple[list[nn.Linear], list[s
     return linears, activations
 
 
+def _check_parameters(layer: nn.Linear, where: str) -> None:
+    """Raise NotAnMLPError unless weight and bias are parameters of the layer's own shapes."""
+    shapes = {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    for name, shape in shapes.items():
+        tensor = getattr(layer, name, None)
+        if tensor is None and name == "bias":
+            continue
+        if tensor is not layer._parameters.get(name):
+            raise NotAnMLPError(f"{where} whose {name} is not a parameter")
+        if tensor is None or tuple(tensor.shape) != shape:
+            raise NotAnMLPError(f"{where} whose {name} is not {shape}, as the layer says")
+
+
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    plain = type(module).forward is nn.Sequential.forward and not hooks_of(module)
+    plain = type(module).forward is nn.Sequential.forward and not _altered(module)
     if isinstance(module, nn.Sequential) and plain:
         for child_name, child in module._modules.items():  # children() skips a module used twice
             assert child is not None
             yield from _leaves(child, f"{name}.{child_name}" if name else child_name)
     else:
         yield name, module
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether a call of the module computes something else than its class says."""
+    forward = type(module).forward
+    own = any(is_written_in(forward, kind.__module__) for kind in type(module).__mro__[:-1])
+    return not own or bool(alterations_of(module))
 
 
 def _activation_of(layer: nn.Module) -> str | None:
@@ -258,8 +281,10 @@ _LOSS_OPTIONS = ("weight", "ignore_index", "label_smoothing", "reduction")
 def _recognise_loss(loss_fn: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     """(loss, the MLPSpec fields it sets), or NotAnMLPError with the reason."""
     if type(loss_fn) is nn.CrossEntropyLoss or type(loss_fn) is nn.MSELoss:
-        if hooks_of(loss_fn):
-            raise NotAnMLPError(f"the loss is {type(loss_fn).__name__} with hooks")
+        if _altered(loss_fn):
+            raise NotAnMLPError(
+                f"the loss is {type(loss_fn).__name__} with hooks or another forward"
+            )
         function = F.cross_entropy if type(loss_fn) is nn.CrossEntropyLoss else F.mse_loss
         options = {k: getattr(loss_fn, k) for k in _LOSS_OPTIONS if hasattr(loss_fn, k)}
     elif isinstance(loss_fn, functools.partial):
@@ -268,6 +293,11 @@ def _recognise_loss(loss_fn: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
             raise NotAnMLPError(f"the loss is a partial with arguments not known here: {loss_fn}")
     else:
         function, options = loss_fn, {}
+    torchs = all(is_written_in(f, F.__name__) for f in (F.cross_entropy, F.mse_loss))
+    if not torchs:
+        raise NotAnMLPError(
+            "torch.nn.functional has another cross_entropy or mse_loss than torch's"
+        )
     if function is not F.cross_entropy and function is not F.mse_loss:
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise NotAnMLPError(

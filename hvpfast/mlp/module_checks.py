@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hvpfast.utils.torch_private import AnyBatchNorm, AnyDropout
 
@@ -42,3 +45,30 @@ def check_deterministic_modules(model: nn.Module) -> None:
                 f"layer {name or 'the model itself'} is {type(module).__name__} in train mode: "
                 f"{effect}, so there is no one Hessian; call model.eval(), or .eval() on that layer"
             )
+
+
+def loss_of_outputs(
+    loss_fn: Callable[[Any], Any], outputs: Any, params: Mapping[str, Tensor]
+) -> Any:
+    """``loss_fn(outputs)``, detached, for outputs without a graph.
+
+    Raises:
+        ValueError: the loss depends on one of the parameters otherwise than by the outputs: in
+            derivatives of loss(outputs(p)) that part would be missing.
+    """
+    with torch.enable_grad():
+        loss = loss_fn(outputs)
+    if not isinstance(loss, Tensor):
+        return loss
+    used = {name: p for name, p in params.items() if p.requires_grad}
+    if loss.requires_grad and loss.dim() == 0 and used:
+        parts = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
+        for name, part in zip(used, parts, strict=True):
+            if part is not None:
+                raise ValueError(
+                    f"loss_fn uses the parameter {name} itself, beside the model's outputs, as a "
+                    "regulariser does: curvature and gradients of that part would be missing. "
+                    "Compute it in the model's forward and return it with the outputs, or detach "
+                    "it in loss_fn if it is a constant"
+                )
+    return loss.detach()

@@ -75,7 +75,7 @@ class Group:
         self.backend = str(dist.get_backend(process_group))
         on_gpu = "nccl" in self.backend and "gloo" not in self.backend
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
-        self._weights = torch.empty(0)
+        self._weights = torch.empty(0, dtype=torch.float32, device="cpu")
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -250,7 +250,7 @@ def together(group: Group | None, what: str) -> Iterator[None]:
     def part() -> Tensor:
         if error is not None:
             raise error
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
 
     group.total(what, part, (0,))
 

@@ -81,7 +81,9 @@ class Cores:
         if linearized.skipped:  # batches of which no sample counts
             found, parts = iter(parts), []
             for c, batch in zip(linearized.coefficients, linearized.batches, strict=True):
-                empty = torch.zeros(batch_size(batch), dtype=linearized.objective.dtype)
+                empty = torch.zeros(
+                    batch_size(batch), dtype=linearized.objective.dtype, device="cpu"
+                )
                 parts.append(next(found) if c > 0 else empty.to(linearized.objective.device))
         return torch.cat(parts)
 

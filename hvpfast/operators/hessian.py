@@ -135,9 +135,16 @@ class CurvatureOperator(LinearOperator):
     def refresh(self) -> None:
         """Linearize again, at the present values of parameters, buffers and data.
 
+        Parameters may have been replaced by others of the same shapes, as
+        ``load_state_dict(assign=True)`` does.
+
         Blocks made by :meth:`blocks` on a backend for MLPs are refreshed with their operator.
         """
+        before = self.linearized.objective.tensors
         self.linearized.update()
+        now = self.linearized.objective.tensors
+        owners = {id(old): new for old, new in zip(before, now, strict=True)}
+        self.entries = [e._replace(owner=owners.get(id(e.owner), e.owner)) for e in self.entries]
 
     def blocks(
         self, groups: Iterable[str | Iterable[str]] | None = None

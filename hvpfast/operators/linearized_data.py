@@ -14,7 +14,7 @@ from hvpfast.backends.contract import State
 from hvpfast.operators.batch import Batch, batch_size
 from hvpfast.operators.data import Batches
 from hvpfast.operators.distributed import Group, checksum
-from hvpfast.operators.objective import FunctionObjective, MLPObjective, Watch
+from hvpfast.operators.objective import FunctionObjective, MLPObjective, Watch, links_of
 from hvpfast.operators.parameters import Entry, owners_of
 from hvpfast.operators.reduction import BatchWeight
 from hvpfast.utils.memory import available_bytes, bytes_text, out_of_memory
@@ -106,7 +106,8 @@ class LinearizedData:
         self.kept_bytes = self.largest = 0
         self.objective.check_modes()
         self.objective.update()
-        self._watch = Watch([*self.objective.watched(), *self.batches.tensors()])
+        watched = [*self.objective.watched(), *self.batches.tensors()]
+        self._watch = Watch(watched, links_of(self.objective.model))
         weights: list[float] = []
         losses: list[float] = []
         with self.running():
@@ -131,7 +132,7 @@ class LinearizedData:
             own, losses = self._linearize_all()
             weights.extend(own)
             weighted = sum(w * loss for w, loss in zip(own, losses, strict=True))
-            return torch.tensor([sum(own), weighted], dtype=torch.float64)
+            return torch.tensor([sum(own), weighted], dtype=torch.float64, device="cpu")
 
         watched = self.objective.watched()
         sums, marks = group.total("linearization", part, (2,), mark=lambda: checksum(watched))
@@ -210,8 +211,8 @@ class LinearizedData:
             raise RuntimeError("the last refresh() of the operator failed; call it again first")
         if self._watch.changed():
             raise RuntimeError(
-                "parameters, buffers or data were changed in place after the operator was made; "
-                "it belongs to their old values. Call H.refresh() to move it to the new ones"
+                "parameters, buffers or data were changed in place or replaced after the operator "
+                "was made; it belongs to their old values. Call H.refresh() to move it to them"
             )
         if not self.on_backend:
             self.objective.check_modes()

@@ -24,13 +24,32 @@ from hvpfast.mlp.spec import MLPSpec, split_flat
 from hvpfast.operators.batch import Batch
 from hvpfast.operators.parameters import Entry, owners_of
 from hvpfast.operators.reduction import BatchWeight
+from hvpfast.utils.functional_call import functional_call
+
+Link = tuple[dict[str, Any], str, object]
+
+
+def links_of(model: nn.Module) -> list[Link]:
+    """(dictionary, name, value) of every submodule, parameter and buffer."""
+    return [
+        (values, name, value)
+        for module in model.modules()
+        for values in (module._modules, module._parameters, module._buffers)
+        for name, value in values.items()
+    ]
 
 
 class Watch:
-    """Notices that tensors were changed in place, or that their storage was replaced."""
+    """Notices that tensors were changed in place, that their storage or they were replaced.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    Args:
+        tensors: whose changes are noticed.
+        links: what stands where in a model: see :func:`links_of`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], links: Sequence[Link] = ()) -> None:
         self._tensors = [t for t in tensors if not t.is_inference()]  # these have no counter
+        self._links = links
         self._mark = self._marks()
 
     def _marks(self) -> tuple[int, list[int]]:
@@ -40,28 +59,73 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether a tensor changed (changes through ``.data`` cannot be seen)."""
-        return self._marks() != self._mark
+        if self._marks() != self._mark:
+            return True
+        return any(values.get(name) is not value for values, name, value in self._links)
 
 
 _version = operator.attrgetter("_version")
+
+
+ANEW = "make a new operator"
+
+
+def same_kind(
+    names: Sequence[str], before: Sequence[Tensor], now: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The tensors that stand now where others stood, if they have the same shapes and kinds.
+
+    Raises:
+        ValueError: one is gone, or is of another shape, dtype or device.
+    """
+    found = []
+    for name, old, new in zip(names, before, now, strict=True):
+        kind = old.shape, old.dtype, old.device
+        if new is None or (new.shape, new.dtype, new.device) != kind:
+            what = "gone" if new is None else f"{tuple(new.shape)} {new.dtype} on {new.device}"
+            was = f"{tuple(old.shape)} {old.dtype} on {old.device}"
+            raise ValueError(f"parameter {name} is {what}, and it was {was}: {ANEW}")
+        found.append(new)
+    return found
 
 
 class MLPObjective:
     """A multilayer perceptron with a loss that the backends know."""
 
     def __init__(
-        self, model: nn.Module, spec: MLPSpec, backend: str, dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        spec: MLPSpec,
+        backend: str,
+        dtype: torch.dtype | None,
     ) -> None:
-        own = params_of(model)
-        self._flat = isinstance(own, Tensor)
-        self.tensors: Sequence[Tensor] = [own] if isinstance(own, Tensor) else own
+        self.model, self._loss_fn = model, loss_fn
+        self._flat = isinstance(params_of(model), Tensor)
+        self.tensors = self._own()
         self.dtype, self.device = dtype or self.tensors[0].dtype, self.tensors[0].device
         self.spec, self._backend, self.backend = spec, backend, backend
         self.text = ""  # that of the first linearization
         self.update()
 
+    def _own(self) -> Sequence[Tensor]:
+        own = params_of(self.model)
+        return [own] if isinstance(own, Tensor) else own
+
     def update(self) -> None:
-        """Read the present values of the parameters, without a copy if they have the dtype."""
+        """Read the present values of the parameters, without a copy if they have the dtype.
+
+        Raises:
+            ValueError: model and loss are no longer what they were.
+        """
+        try:
+            spec = plan_of(self.model, self._loss_fn).spec
+        except NotAnMLPError as error:
+            raise ValueError(f"{error}, and it was an MLP: {ANEW}") from error
+        if spec != self.spec:
+            raise ValueError(f"the network is {spec}, and it was {self.spec}: {ANEW}")
+        names = ("flat",) if self._flat else self.spec.names
+        self.tensors = same_kind(names, self.tensors, self._own())
         self._params = [t.detach().to(self.dtype) for t in self.tensors]
 
     def linearize(self, batch: Batch) -> State:
@@ -92,7 +156,7 @@ class FunctionObjective:
         dtype: torch.dtype | None,
         reason: str,
     ) -> None:
-        self._model, self._loss_fn, self._weight = model, loss_fn, weight
+        self.model, self._loss_fn, self._weight = model, loss_fn, weight
         self._reason = reason
         self.tensors, self._convert_to = tensors, dtype
         self.dtype = dtype or tensors[0].dtype
@@ -112,17 +176,23 @@ class FunctionObjective:
         self.update()
 
     def update(self) -> None:
-        """Read the present values of the parameters and buffers."""
+        """Read the present values of the parameters and buffers.
+
+        Raises:
+            ValueError: a parameter is gone, or is of another shape, dtype or device.
+        """
+        named = dict(self.model.named_parameters())
+        self.tensors = same_kind(self._names, self.tensors, [named.get(n) for n in self._names])
         self._flat = torch.cat([self._cast(t).reshape(-1) for t in self.tensors])
         chosen = set(self._names)
-        others = [(n, p) for n, p in self._model.named_parameters() if n not in chosen]
+        others = [(n, p) for n, p in self.model.named_parameters() if n not in chosen]
         self._constants = {name: self._cast(p) for name, p in others}
-        self._buffers = {name: self._cast(b) for name, b in self._model.named_buffers()}
+        self._buffers = {name: self._cast(b) for name, b in self.model.named_buffers()}
 
     def narrowed(self, tensors: Sequence[Tensor]) -> FunctionObjective:
         """The same function of fewer parameters; the others are constants."""
         rest = self._weight, self._convert_to, self._reason
-        return FunctionObjective(self._model, self._loss_fn, tensors, *rest)
+        return FunctionObjective(self.model, self._loss_fn, tensors, *rest)
 
     def linearize(self, batch: Batch) -> reference.ReferenceState:
         """The state of one batch."""
@@ -133,14 +203,18 @@ class FunctionObjective:
             # copies: a forward pass may write to buffers, and the model's must not change
             buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
             everything = {**self._constants, **buffers, **own}
-            return torch.func.functional_call(self._model, everything, (batch.x,))
+            return functional_call(self.model, everything, (batch.x,))
 
         def loss(outputs: Any) -> Tensor:
             value: Tensor = self._loss_fn(outputs, batch.y)
             return value
 
         state = reference.linearize_function(
-            outputs, loss, (self._flat,), normalizer=self._weight(batch)
+            outputs,
+            loss,
+            (self._flat,),
+            normalizer=self._weight(batch),
+            owners=dict(self.model.named_parameters()),
         )
         if not bool(torch.isfinite(state.loss)):
             raise ValueError(
@@ -151,11 +225,11 @@ class FunctionObjective:
 
     def watched(self) -> list[Tensor]:
         """Tensors whose change ends the validity of the states."""
-        return [*self._model.parameters(), *self._model.buffers()]
+        return [*self.model.parameters(), *self.model.buffers()]
 
     def check_modes(self) -> None:
         """Raise ValueError if a module is in a train mode in which the loss is random."""
-        check_deterministic_modules(self._model)
+        check_deterministic_modules(self.model)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self._convert_to if tensor.is_floating_point() else None)
@@ -178,7 +252,8 @@ def objective_for(
         RuntimeError: the named backend cannot run this; the message says why.
     """
     try:
-        return MLPObjective(model, spec_for(model, loss_fn, batch), backend, dtype)
+        spec = spec_for(model, loss_fn, batch)
+        return MLPObjective(model, loss_fn, spec, backend, dtype)
     except NotAnMLPError as error:
         reason = str(error)
     objective = FunctionObjective(model, loss_fn, owners_of(entries), weight, dtype, reason)

@@ -5,6 +5,7 @@ Each name says what it is and why no public part of torch does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, dropout
+from torch.nn.modules import module as _every
 from torch.utils import _pytree
 
 _C = torch._C
@@ -31,10 +33,11 @@ AnyNorm = batchnorm._NormBase
 AnyDropout = dropout._DropoutNd
 
 
-def hooks_of(module: nn.Module) -> object:
-    """The hooks that change what a call of the module computes, or None; torch lists them nowhere.
+def alterations_of(module: nn.Module) -> object:
+    """What changes a call of the module beside its class, or None.
 
-    Read from the module's ``__dict__``: this runs once per module and call.
+    Hooks, which torch lists nowhere, and a ``forward`` of its own, which wrappers put into the
+    module's ``__dict__``. This runs once per module and call.
     """
     state = module.__dict__
     return (
@@ -42,8 +45,26 @@ def hooks_of(module: nn.Module) -> object:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
+        or state.get("forward")
         or None
     )
+
+
+def hooks_of_all_modules() -> object:
+    """The hooks that change what a call of any module computes, or None."""
+    return (
+        _every._global_forward_hooks
+        or _every._global_forward_pre_hooks
+        or _every._global_backward_hooks
+        or _every._global_backward_pre_hooks
+        or None
+    )
+
+
+def is_written_in(function: Any, module_name: str) -> bool:
+    """Whether a Python function is written in the file of that module: nobody put another there."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[module_name].__file__
 
 
 # ---- where a call comes from: compiled code, torch.func, a dispatch mode, a backward pass ----

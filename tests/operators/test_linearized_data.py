@@ -52,7 +52,9 @@ def test_budget_changes_nothing_but_what_is_kept(backend: str, source: str) -> N
     expected = dense(model, LOSS, x, y) @ V
     close(everything @ V, expected)
     kept = []
-    for budget in (size, size - 1, size // 2, 0):
+    # a state may stand in blocks up to twice as large, left by others: half and twice its size
+    budgets = (size, size - 1, size // 2, 0) if backend == "reference" else (2 * size, size // 4, 0)
+    for budget in budgets:
         H = HessianOperator(model, LOSS, None, data, backend=backend, memory_budget=budget)
         close(H @ V, expected)
         close(H @ V, expected)  # a second pass over the data

@@ -74,9 +74,9 @@ def spectral_density(
     products.check_symmetric()
     steps = min(num_steps, products.size)
     group = min(num_probes, _probes_at_once(products, steps))
-    nodes = torch.zeros(num_probes, steps, dtype=torch.float64)
+    nodes = torch.zeros(num_probes, steps, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(nodes)
-    num_nodes = torch.zeros(num_probes, dtype=torch.int64)
+    num_nodes = torch.zeros(num_probes, dtype=torch.int64, device="cpu")
     dtype, total = at_least_single(products.dtype), -(-num_probes // group) * steps
     with tqdm(total=total, unit="step", desc="Lanczos", disable=not progressbar) as bar:
         for first in range(0, num_probes, group):
@@ -105,11 +105,11 @@ def _tridiagonalise(
     """Lanczos from rows v_k (K, P): diagonals (K, m), their neighbours (K, m), and steps (K,)."""
     count, size = starts.shape
     basis = starts.new_zeros(count, steps, size)
-    diagonal, beside = torch.zeros(2, count, steps, dtype=torch.float64)
-    taken = torch.zeros(count, dtype=torch.int64)
+    diagonal, beside = torch.zeros(2, count, steps, dtype=torch.float64, device="cpu")
+    taken = torch.zeros(count, dtype=torch.int64, device="cpu")
     active = torch.arange(count, device=starts.device)
     rows = starts / torch.linalg.vector_norm(starts, dim=1, keepdim=True)
-    scale = torch.zeros(count, dtype=torch.float64)  # a lower bound of the norm of A
+    scale = torch.zeros(count, dtype=torch.float64, device="cpu")  # a lower bound of the norm of A
     for j in range(steps):
         basis[active, j] = rows
         where = active.cpu()

@@ -155,8 +155,10 @@ class SpectralDensity:
         low, high = float(u.min()), float(u.max())
         parts = 100 if threshold is None else 50
         width = kernel_width or (high - low) / parts or max(abs(high), 1.0) / parts
-        coordinate = torch.linspace(low - 4 * width, high + 4 * width, num_points).double()
-        samples = torch.zeros(self.num_probes, num_points, dtype=torch.float64)
+        coordinate = torch.linspace(
+            low - 4 * width, high + 4 * width, num_points, dtype=torch.float64, device="cpu"
+        )
+        samples = torch.zeros(self.num_probes, num_points, dtype=torch.float64, device="cpu")
         for k, (points, masses) in enumerate(zip(u, self.weights, strict=True)):
             away = (coordinate[:, None] - points) / width
             samples[k] = torch.exp(-0.5 * away.square()) @ masses
@@ -266,7 +268,9 @@ def wasserstein(
     """
     points, masses = [], []
     for sign, value, weight in ((1, values, weights), (-1, other_values, other_weights)):
-        weight = torch.ones(value.shape) if weight is None else weight
+        weight = (
+            torch.ones(value.shape, dtype=torch.float64, device="cpu") if weight is None else weight
+        )
         v, w = value.detach().double().cpu(), weight.detach().double().cpu()
         if v.dim() != 1 or v.shape != w.shape or v.numel() == 0:
             raise ValueError(

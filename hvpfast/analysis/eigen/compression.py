@@ -117,7 +117,7 @@ def _row_space(X: Tensor) -> Array:
         return np.ascontiguousarray(np.linalg.qr(X.double().cpu().numpy().T)[0].T)
     # more samples than columns: half as many rows as columns show whether the rank may be low
     half = d0 // 2
-    chosen = torch.linspace(0, N - 1, half).long().to(X.device)
+    chosen = torch.linspace(0, N - 1, half, dtype=torch.float64, device="cpu").long().to(X.device)
     sample = X[chosen].double().cpu().numpy()
     allowed = ROUNDING * torch.finfo(X.dtype).eps * float(torch.linalg.vector_norm(X, dim=1).max())
     R = np.linalg.qr(sample.T, mode="r")  # |R_ii|: distance of row i from the span of those before

@@ -12,6 +12,7 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.batch import map_tensors
 from hvpfast.operators.hessian import CurvatureOperator
+from hvpfast.utils.functional_call import functional_call
 
 
 def start_rows(
@@ -79,7 +80,7 @@ def class_gradients(operator: Any) -> Tensor:
             for c in sorted(set(y.tolist())):
                 own = y == c
                 x = map_tensors(itemgetter(own), batch.x)
-                z = torch.func.functional_call(model, values, (x,))
+                z = functional_call(model, values, (x,))
                 if not 0 <= c < z.shape[1]:
                     continue  # ignored targets
                 counts[c] = counts.get(c, 0) + len(z)

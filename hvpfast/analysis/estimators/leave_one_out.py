@@ -160,7 +160,9 @@ def xdiag(products: Products, settings: Settings) -> Estimate[Tensor]:
         t = k.probes[:, part] * (residual @ Q) - (lost @ Q) * (lost @ Z)
         estimate[part] = (Q * Z).sum(0) + t.mean(0)
         spread[part] = t.var(0) / n
-    entries = torch.linspace(0, products.size - 1, min(_SOME, products.size)).long()
+    entries = torch.linspace(
+        0, products.size - 1, min(_SOME, products.size), dtype=torch.float64, device="cpu"
+    ).long()
     entries = entries.to(products.device)
     some = float(spread[entries].sum())
     ratio = 1 + _covariance(k, entries) / some if some > 0 else 1.0

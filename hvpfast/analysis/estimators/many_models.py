@@ -63,7 +63,7 @@ class ModelsEstimate(Estimate[Tensor]):
         """
         if self.skews is None:
             return super().ci(level)
-        ends = torch.tensor([one.ci(level) for one in self], dtype=torch.float64)
+        ends = torch.tensor([one.ci(level) for one in self], dtype=torch.float64, device="cpu")
         return ends[:, 0], ends[:, 1]
 
 

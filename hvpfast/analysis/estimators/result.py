@@ -63,9 +63,9 @@ class Estimate(Generic[Value]):
         t = student_quantile(self.dof, level)
         below, above = (-unskewed(y, self.skew, self.dof + 1) for y in (t, -t))
         if isinstance(self.estimate, Tensor):
-            given = (self.estimate, torch.as_tensor(self.stderr))
+            given = (self.estimate, torch.as_tensor(self.stderr, device=self.estimate.device))
             return _end(*given, below, self.positive), _end(*given, above, self.positive)
-        mean, stderr = torch.tensor([self.estimate, self.stderr], dtype=torch.float64)
+        mean, stderr = torch.tensor([self.estimate, self.stderr], dtype=torch.float64, device="cpu")
         low, high = (_end(mean, stderr, errors, self.positive) for errors in (below, above))
         return float(low), float(high)
 

@@ -114,7 +114,7 @@ class ProbeStream:
         step, width = min(self._at_once, count), math.prod(self.shape)
         if self._memory is None and self._device.type == "cpu" and count > step:
             # fresh pages for every chunk would cost more than the draw
-            self._memory = torch.empty(step * width, dtype=self.dtype)
+            self._memory = torch.empty(step * width, dtype=self.dtype, device="cpu")
         for start in range(0, count, step):
             number = min(step, count - start)
             yield self.rows(

@@ -105,7 +105,7 @@ def _largest_error(means: Tensor, halves: Tensor, positive: bool) -> float:
     """The largest bound of |mean - truth| / |truth| for intervals of these half-widths."""
     pairs = zip(means.reshape(-1).tolist(), halves.reshape(-1).tolist(), strict=True)
     bounds = [_relative_error(mean, half, positive) for mean, half in pairs]
-    return float(torch.tensor(bounds, dtype=torch.float64).max())
+    return float(torch.tensor(bounds, dtype=torch.float64, device="cpu").max())
 
 
 def _relative_error(mean: float, half: float, positive: bool) -> float:

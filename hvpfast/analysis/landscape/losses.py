@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from hvpfast.mlp.checks import check_batch, check_labels
 from hvpfast.mlp.module import NotAnMLPError, params_of
-from hvpfast.mlp.module_checks import check_deterministic_modules
+from hvpfast.mlp.module_checks import check_deterministic_modules, loss_of_outputs
 from hvpfast.mlp.spec import ACTIVATION_TABLE, MLPSpec, split_flat
 from hvpfast.operators.batch import Batch, bytes_of, tensors_in
 from hvpfast.operators.data import Batches
 from hvpfast.operators.objective import spec_for
 from hvpfast.operators.parameters import Entry, Subset, owners_of
 from hvpfast.operators.reduction import BatchWeight
+from hvpfast.utils.functional_call import functional_call
 from hvpfast.utils.memory import KEPT_SHARE, available_bytes
 from hvpfast.utils.random_state import RandomState
 
@@ -104,9 +105,11 @@ class Losses:
         Raises:
             ValueError: no target counts.
         """
-        coefficients = torch.cat((torch.ones(len(points), 1), points), dim=1).to(self._lines)
+        coefficients = torch.cat(
+            (torch.ones(len(points), 1, dtype=torch.float64, device="cpu"), points), dim=1
+        ).to(self._lines)
         evaluate = self._any_module if self._spec is None else self._perceptron
-        losses = torch.zeros(len(points), dtype=torch.float64)
+        losses = torch.zeros(len(points), dtype=torch.float64, device="cpu")
         total = 0.0
         with self._random or nullcontext():
             for index, batch in enumerate(self.batches):
@@ -167,9 +170,14 @@ class Losses:
 
     def _any_module(self, index: int, batch: Batch, coefficients: Tensor, weight: float) -> Tensor:
         """The loss of a batch times its weight, (G,)."""
+
+        def loss(outputs: Any) -> Any:
+            return self._loss_fn(outputs, batch.y)
+
+        every = dict(self._model.named_parameters())
         own = {id(t) for t in self._tensors}
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        fixed = {n: self._cast(p) for n, p in self._model.named_parameters() if id(p) not in own}
+        names = {id(p): name for name, p in every.items()}
+        fixed = {n: self._cast(p) for n, p in every.items() if id(p) not in own}
         buffers = {name: self._cast(b) for name, b in self._model.named_buffers()}
         values = []
         for point in coefficients:
@@ -181,10 +189,10 @@ class Losses:
             # copies: a forward pass may write to buffers, and the model's must not change
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
             state = {**fixed, **copies, **moved}
-            outputs = torch.func.functional_call(self._model, state, (batch.x,))
-            values.append(float(self._loss_fn(outputs, batch.y)))
+            outputs = functional_call(self._model, state, (batch.x,))
+            values.append(float(loss_of_outputs(loss, outputs, every)))
         scale = weight if self._weight.reduction == "mean" else 1.0
-        return scale * torch.tensor(values, dtype=torch.float64)
+        return scale * torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self._dtype if tensor.is_floating_point() else None)

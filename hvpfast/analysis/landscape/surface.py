@@ -73,7 +73,7 @@ class Surface:
             "done": self.done,
             "x": self.x,
             "directions": self.directions,
-            "center_loss": torch.tensor(self.center_loss, dtype=torch.float64),
+            "center_loss": torch.tensor(self.center_loss, dtype=torch.float64, device="cpu"),
         }
         if self.y is not None:
             arrays["y"] = self.y

@@ -186,12 +186,14 @@ def _sweep(
     if stored is None:
         shape = tuple(len(axis) for axis in axes)
         stored = Surface(
-            losses=torch.full(shape, math.nan, dtype=torch.float64),
-            done=torch.zeros(shape, dtype=torch.bool),
+            losses=torch.full(shape, math.nan, dtype=torch.float64, device="cpu"),
+            done=torch.zeros(shape, dtype=torch.bool, device="cpu"),
             x=axes[0],
             y=axes[1] if len(axes) > 1 else None,
             directions=rows.T.contiguous(),
-            center_loss=float(losses(torch.zeros(1, len(axes), dtype=torch.float64))[0]),
+            center_loss=float(
+                losses(torch.zeros(1, len(axes), dtype=torch.float64, device="cpu"))[0]
+            ),
             settings=settings,
         )
     else:
@@ -244,7 +246,9 @@ def _axis(span: Span, count: int) -> Tensor:
         raise ValueError(f"span must go up between finite numbers; got {low!r} to {high!r}")
     if type(count) is not int or count < 2:
         raise ValueError(f"num_points must be integers >= 2; got {count!r}")
-    return low + (high - low) * (torch.arange(count, dtype=torch.float64) / (count - 1))
+    return low + (high - low) * (
+        torch.arange(count, dtype=torch.float64, device="cpu") / (count - 1)
+    )
 
 
 def _digest(*tensors: Tensor) -> str:

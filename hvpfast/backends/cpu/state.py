@@ -101,7 +101,7 @@ class CpuPenalty(CpuPenaltyOperations):
 
     @property
     def penalty(self) -> Tensor:
-        return torch.scalar_tensor(self._engine.value, dtype=self._state.dtype)
+        return torch.scalar_tensor(self._engine.value, dtype=self._state.dtype, device="cpu")
 
 
 class CpuState(CpuOperations):
@@ -127,10 +127,10 @@ class CpuState(CpuOperations):
 
     @property
     def loss(self) -> Tensor:
-        return torch.scalar_tensor(self.loss_value, dtype=self.dtype)
+        return torch.scalar_tensor(self.loss_value, dtype=self.dtype, device="cpu")
 
     def empty_gradient(self) -> Tensor:
-        return torch.empty(self._num_params, dtype=self.dtype)
+        return torch.empty(self._num_params, dtype=self.dtype, device="cpu")
 
     @property
     def normalizer(self) -> float:

@@ -98,7 +98,7 @@ def probes_of_models(
         rows = torch.from_numpy(drawn).to(device=device, dtype=dtype)
         return rows if out is None else out.copy_(rows)
     shape = num_models, source.num_probes, num_params
-    rows = torch.empty(shape, dtype=dtype) if out is None else out
+    rows = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
     _cpu.draw(
         source.distribution, source.seed, source.first, stride, num_models, source.num_probes, 0,
         num_params, rows.data_ptr(), dtype is torch.float64, torch.get_num_threads(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from hvpfast.backends.reference import cores
 from hvpfast.backends.reference.cores import Cores
 from hvpfast.backends.reference.many import ReferenceModels
 from hvpfast.mlp.checks import check_labels
+from hvpfast.mlp.module_checks import loss_of_outputs
 from hvpfast.mlp.spec import MLPSpec, split_flat
 from hvpfast.utils import cuda_graph
 
@@ -121,6 +122,7 @@ def linearize_function(
     params: Sequence[Tensor],
     *,
     normalizer: float | Normalizer = 1.0,
+    owners: Mapping[str, Tensor] | None = None,
 ) -> ReferenceState:
     """The state of any model with any loss.
 
@@ -131,10 +133,12 @@ def linearize_function(
         params: tensors of one floating-point dtype and device; the flat order is theirs.
         normalizer: what the loss divided its sum by, if the caller knows and needs it, or a
             function that finds it out when it is first asked for.
+        owners: the model's parameters by name, which ``loss_fn`` must not use itself.
 
     Raises:
         TypeError: the parameters differ in dtype or device.
-        ValueError: no parameters, or the loss is not a 0-dim tensor.
+        ValueError: no parameters, the loss is not a 0-dim tensor, or it depends on one of
+            ``owners``.
     """
     if not params:
         raise ValueError("params is empty: nothing to differentiate")
@@ -149,7 +153,7 @@ def linearize_function(
     def outputs(p: Tensor) -> Tensor:
         return outputs_fn(tuple(split_flat(p, shapes, numels)))
 
-    return ReferenceState(outputs, loss_fn, flat, normalizer)
+    return ReferenceState(outputs, loss_fn, flat, normalizer, owners or {})
 
 
 class ReferenceState:
@@ -161,13 +165,15 @@ class ReferenceState:
         loss_fn: Callable[[Tensor], Tensor],
         flat: Tensor,
         normalizer: float | Normalizer,
+        owners: Mapping[str, Tensor],
     ) -> None:
         self._normalizer = normalizer
         self._outputs, self._loss_fn, self._flat = outputs_fn, loss_fn, flat
         self._products: dict[bool, Callable[[Tensor], Tensor]] = {}  # ggn -> (v -> H v)
         self.cores_at: Callable[[Tensor, bool], Cores] = _no_cores  # (p, ggn) -> cores
         with torch.no_grad():
-            self.loss = self._objective(flat)
+            z = outputs_fn(flat)
+        self.loss = loss_of_outputs(loss_fn, z, owners)
         if not isinstance(self.loss, Tensor) or self.loss.dim() != 0:
             got = tuple(self.loss.shape) if isinstance(self.loss, Tensor) else type(self.loss)
             raise ValueError(f"the loss must be a 0-dim tensor; got {got}. Reduce it to a scalar")

@@ -37,7 +37,9 @@ def by_operators(
     elif seed is None:
         seed_tensor = ops.fresh_seed(_call_site())
     elif 0 <= seed < 2**64:  # int64 in two's complement
-        seed_tensor = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
+        seed_tensor = torch.full(
+            (), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu"
+        )
     else:
         raise ValueError(f"seed must be in [0, 2**64); got {seed}")
     if call.kind == "fro2" and not some_require_grad(params):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hvpfast.backends import BACKENDS
@@ -17,6 +16,7 @@ from hvpfast.functional.penalty_kinds import penalty_of
 from hvpfast.mlp.checks import tangent_rows
 from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.utils.choice import check_choice
+from hvpfast.utils.functional_call import functional_call
 from hvpfast.utils.torch_private import tree_leaves
 
 
@@ -36,9 +36,9 @@ def by_reference(
     params = tuple(named.values())
 
     def outputs(tensors: tuple[Tensor, ...]) -> Any:
-        return torch.func.functional_call(model, dict(zip(named, tensors, strict=True)), (x,))
+        return functional_call(model, dict(zip(named, tensors, strict=True)), (x,))
 
-    lin = linearize_function(outputs, lambda z: loss_fn(z, y), params)
+    lin = linearize_function(outputs, lambda z: loss_fn(z, y), params, owners=every)
     loss = float(lin.loss)
     if not isfinite(loss):
         raise ValueError(f"the loss is {loss}; parameters, inputs and targets must be finite")
