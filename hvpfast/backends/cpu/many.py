@@ -41,7 +41,7 @@ class CpuModels(CpuOperations):
         self._shape, self.dtype, self.like = tuple(params.shape), x.dtype, x
 
     def empty_gradient(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self.dtype, device="cpu")
+        return self.like.new_empty(self._shape)
 
     @property
     def loss(self) -> Tensor:

@@ -101,7 +101,7 @@ class CpuPenalty(CpuPenaltyOperations):
 
     @property
     def penalty(self) -> Tensor:
-        return torch.scalar_tensor(self._engine.value, dtype=self._state.dtype, device="cpu")
+        return self._state.like.new_full((), self._engine.value)
 
 
 class CpuState(CpuOperations):
@@ -127,10 +127,10 @@ class CpuState(CpuOperations):
 
     @property
     def loss(self) -> Tensor:
-        return torch.scalar_tensor(self.loss_value, dtype=self.dtype, device="cpu")
+        return self.like.new_full((), self.loss_value)
 
     def empty_gradient(self) -> Tensor:
-        return torch.empty(self._num_params, dtype=self.dtype, device="cpu")
+        return self.like.new_empty(self._num_params)
 
     @property
     def normalizer(self) -> float:
