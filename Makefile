@@ -72,7 +72,7 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsco
 pytest: $(TEST)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# --no-compile: Python compiles the modules that are imported, a tenth of what is installed.
+# --no-compile: Python compiles a module when it is imported, and most of them never are.
 # The stamp's name holds PYTHON and TORCH: when one changes, the environment is made anew.
 $(STUDY)/environment-$(STAMP) $(TEST)/environment-$(STAMP):
 	rm -rf $(@D)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from hvpfast.mlp.spec import (
     split_flat,
 )
 from hvpfast.utils.choice import check_choice
-from hvpfast.utils.torch_private import alterations_of, hooks_of_all_modules, is_written_in
+from hvpfast.utils.torch_private import alterations_of, hooks_of_all_modules
 
 
 class NotAnMLPError(ValueError):
@@ -264,8 +265,14 @@ def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 def _altered(module: nn.Module) -> bool:
     """Whether a call of the module computes something else than its class says."""
     forward = type(module).forward
-    own = any(is_written_in(forward, kind.__module__) for kind in type(module).__mro__[:-1])
+    own = any(_is_written_in(forward, kind.__module__) for kind in type(module).__mro__[:-1])
     return not own or bool(alterations_of(module))
+
+
+def _is_written_in(function: Any, module_name: str) -> bool:
+    """Whether a Python function is written in the file of that module: nobody put another there."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == sys.modules[module_name].__file__
 
 
 def _activation_of(layer: nn.Module) -> str | None:
@@ -293,8 +300,7 @@ def _recognise_loss(loss_fn: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
             raise NotAnMLPError(f"the loss is a partial with arguments not known here: {loss_fn}")
     else:
         function, options = loss_fn, {}
-    torchs = all(is_written_in(f, F.__name__) for f in (F.cross_entropy, F.mse_loss))
-    if not torchs:
+    if not all(_is_written_in(f, F.__name__) for f in (F.cross_entropy, F.mse_loss)):
         raise NotAnMLPError(
             "torch.nn.functional has another cross_entropy or mse_loss than torch's"
         )

@@ -60,9 +60,9 @@ def loss_of_outputs(
         loss = loss_fn(outputs)
     if not isinstance(loss, Tensor):
         return loss
-    used = {name: p for name, p in params.items() if p.requires_grad}
-    if loss.requires_grad and loss.dim() == 0 and used:
-        parts = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
+    if loss.requires_grad and loss.dim() == 0:
+        used = {name: p for name, p in params.items() if p.requires_grad}
+        parts = torch.autograd.grad(loss, list(used.values()), allow_unused=True) if used else ()
         for name, part in zip(used, parts, strict=True):
             if part is not None:
                 raise ValueError(

@@ -212,7 +212,8 @@ class LinearizedData:
         if self._watch.changed():
             raise RuntimeError(
                 "parameters, buffers or data were changed in place or replaced after the operator "
-                "was made; it belongs to their old values. Call H.refresh() to move it to them"
+                "was made; it belongs to their old values. Call H.refresh() to move it to the new "
+                "ones"
             )
         if not self.on_backend:
             self.objective.check_modes()

@@ -17,7 +17,7 @@ from hvpfast import backends
 from hvpfast.backends.contract import State
 from hvpfast.backends.reference import state as reference
 from hvpfast.functional.linearize import linearize_model
-from hvpfast.mlp.module import NotAnMLPError, params_of
+from hvpfast.mlp.module import NotAnMLPError
 from hvpfast.mlp.module_checks import check_deterministic_modules, warn_slow
 from hvpfast.mlp.recognised import plan_of
 from hvpfast.mlp.spec import MLPSpec, split_flat
@@ -47,7 +47,7 @@ class Watch:
         links: what stands where in a model: see :func:`links_of`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], links: Sequence[Link] = ()) -> None:
+    def __init__(self, tensors: Sequence[Tensor], links: Sequence[Link]) -> None:
         self._tensors = [t for t in tensors if not t.is_inference()]  # these have no counter
         self._links = links
         self._mark = self._marks()
@@ -101,16 +101,11 @@ class MLPObjective:
         dtype: torch.dtype | None,
     ) -> None:
         self.model, self._loss_fn = model, loss_fn
-        self._flat = isinstance(params_of(model), Tensor)
-        self.tensors = self._own()
+        self.tensors: Sequence[Tensor] = plan_of(model, loss_fn).parameters()
         self.dtype, self.device = dtype or self.tensors[0].dtype, self.tensors[0].device
         self.spec, self._backend, self.backend = spec, backend, backend
         self.text = ""  # that of the first linearization
         self.update()
-
-    def _own(self) -> Sequence[Tensor]:
-        own = params_of(self.model)
-        return [own] if isinstance(own, Tensor) else own
 
     def update(self) -> None:
         """Read the present values of the parameters, without a copy if they have the dtype.
@@ -119,13 +114,14 @@ class MLPObjective:
             ValueError: model and loss are no longer what they were.
         """
         try:
-            spec = plan_of(self.model, self._loss_fn).spec
+            plan = plan_of(self.model, self._loss_fn)
         except NotAnMLPError as error:
             raise ValueError(f"{error}, and it was an MLP: {ANEW}") from error
-        if spec != self.spec:
-            raise ValueError(f"the network is {spec}, and it was {self.spec}: {ANEW}")
+        if plan.spec != self.spec:
+            raise ValueError(f"the network is {plan.spec}, and it was {self.spec}: {ANEW}")
+        self._flat = plan.layout is None
         names = ("flat",) if self._flat else self.spec.names
-        self.tensors = same_kind(names, self.tensors, self._own())
+        self.tensors = same_kind(names, self.tensors, plan.parameters())
         self._params = [t.detach().to(self.dtype) for t in self.tensors]
 
     def linearize(self, batch: Batch) -> State:
@@ -185,8 +181,8 @@ class FunctionObjective:
         self.tensors = same_kind(self._names, self.tensors, [named.get(n) for n in self._names])
         self._flat = torch.cat([self._cast(t).reshape(-1) for t in self.tensors])
         chosen = set(self._names)
-        others = [(n, p) for n, p in self.model.named_parameters() if n not in chosen]
-        self._constants = {name: self._cast(p) for name, p in others}
+        self._constants = {n: self._cast(p) for n, p in named.items() if n not in chosen}
+        self._owners = named
         self._buffers = {name: self._cast(b) for name, b in self.model.named_buffers()}
 
     def narrowed(self, tensors: Sequence[Tensor]) -> FunctionObjective:
@@ -214,7 +210,7 @@ class FunctionObjective:
             loss,
             (self._flat,),
             normalizer=self._weight(batch),
-            owners=dict(self.model.named_parameters()),
+            owners=self._owners,
         )
         if not bool(torch.isfinite(state.loss)):
             raise ValueError(

@@ -5,7 +5,6 @@ Each name says what it is and why no public part of torch does.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -59,12 +58,6 @@ def hooks_of_all_modules() -> object:
         or _every._global_backward_pre_hooks
         or None
     )
-
-
-def is_written_in(function: Any, module_name: str) -> bool:
-    """Whether a Python function is written in the file of that module: nobody put another there."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename == sys.modules[module_name].__file__
 
 
 # ---- where a call comes from: compiled code, torch.func, a dispatch mode, a backward pass ----

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from spectra import expected, hessian_like, rotated
+from torch import Tensor
 
 from hvpfast.analysis.eigen.solver import eigsh
 
@@ -60,6 +63,27 @@ def test_repeated_eigenvalues_beyond_the_memory_of_one_basis() -> None:
     result = eigsh(A, 5, "LA", tol=1e-6, memory_budget=12 * row, block_size=1, seed=0)
     assert result.num_restarts > 0 and result.stop_reason == "converged"
     torch.testing.assert_close(result.eigenvalues, values[:5])
+
+
+def test_the_search_takes_the_memory_of_its_own_steps() -> None:
+    diagonal = torch.linspace(0, 1, 20_000).square().double()
+
+    class Diagonal:
+        shape, dtype, device = (20_000, 20_000), diagonal.dtype, diagonal.device
+
+        def __matmul__(self, V: Tensor) -> Tensor:
+            return diagonal[:, None] * V
+
+    tracemalloc.start()
+    try:
+        result = eigsh(Diagonal(), 2, tol=1e-3, memory_budget=8e9, block_size=1, seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert result.stop_reason == "converged"
+    assert (
+        peak < 2**27
+    )  # of NumPy's arrays; one entry per pair of rows of the budget would be 2**36
 
 
 def test_a_budget_that_ends_before_the_search_is_said() -> None:

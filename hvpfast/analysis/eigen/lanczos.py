@@ -26,6 +26,7 @@ from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products, at_least_single
 
+RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
 NEGLIGIBLE = 4.0  # times eps ||A||: a shorter remainder of a product is rounding
 
 
@@ -185,4 +186,4 @@ class Lanczos:
         # N = R V with the new block V: N' B = V' (R' B)
         _, R, self._next = self.basis.orthonormalize(block, 1e-3)
         self._B = R[:have].T @ self._B[:have]
-        self.invariant, self._tridiagonal, self._near = have == 0, False, 0
+        self.invariant, self._tridiagonal, self._near = False, False, 0

@@ -25,12 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvpfast.analysis.eigen import unseen
-from hvpfast.analysis.eigen.lanczos import Lanczos
+from hvpfast.analysis.eigen.lanczos import RELATIVE_NOISE, Lanczos
 from hvpfast.analysis.eigen.ritz import Array, wanted
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
-
-RELATIVE_NOISE = 16.0  # times eps |theta|: rounding of a product with an outlying eigenvector
 
 
 @dataclass(frozen=True)
@@ -66,24 +64,23 @@ def find_pairs(
             chosen = wanted(theta, k, which)
             targets = np.maximum(share * tol * np.abs(theta[chosen]), lanczos.floor)
             ratio = float(np.max(estimates[chosen] / np.maximum(targets, 1e-300)))
-            if ended or (len(chosen) == k and ratio <= 1.0):
-                if not (ended or sure):
-                    if lanczos.room < unseen.ROOM:
-                        lanczos.restart(theta, S, k, which, spare=0)
-                        theta, S, estimates = lanczos.ritz()
-                        chosen = wanted(theta, k, which)
-                    values, room = theta[chosen], lanczos.room
-                    rows, finished = unseen.search(lanczos, values, which, tol, width, room, budget)
-                    sure, ended = finished and len(rows) == 0, not finished
-                    if len(rows):
-                        lanczos.take(rows[: max(1, lanczos.room // 2)])
-                        width = min(2 * width, k)
-                if ended or sure:
-                    found = theta[chosen], S[:, chosen], estimates[chosen]
-                    pairs = _measured(lanczos, *found, tol, by_pair, sure or lanczos.complete)
-                    share /= 2  # the estimates meet the target, but maybe not with rounding added
-                    if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
-                        return pairs
+            small = len(chosen) == k and ratio <= 1.0
+            if small and not (ended or sure):
+                if lanczos.room < unseen.ROOM:
+                    lanczos.restart(theta, S, k, which, spare=0)
+                    theta, S, estimates = lanczos.ritz()
+                    chosen = wanted(theta, k, which)
+                rows, finished = unseen.search(lanczos, theta[chosen], which, tol, width, budget)
+                sure, ended = finished and len(rows) == 0, not finished
+                if len(rows):
+                    lanczos.take(rows[: max(1, lanczos.room // 2)])
+                    width = min(2 * width, k)
+            if ended or (small and sure):
+                found = theta[chosen], S[:, chosen], estimates[chosen]
+                pairs = _measured(lanczos, *found, tol, by_pair, sure or lanczos.complete)
+                share /= 2  # the estimates meet the target, but maybe not with rounding added
+                if ended or pairs.stop_reason != "max_matvecs" or share < 0.1:
+                    return pairs
             if lanczos.full:
                 lanczos.restart(theta, S, k, which)
             schedule.checked(products.num_matvecs, ratio)

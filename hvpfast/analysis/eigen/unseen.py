@@ -24,14 +24,13 @@ import math
 import numpy as np
 from torch import Tensor
 
-from hvpfast.analysis.eigen.lanczos import Lanczos
+from hvpfast.analysis.eigen.lanczos import RELATIVE_NOISE, Lanczos
 from hvpfast.analysis.eigen.ritz import Array
 from hvpfast.backends.probes.draw import probe_rows
 from hvpfast.backends.probes.source import ProbeSource
 from hvpfast.operators.matvecs import Products
 
 FAILURE = 1e-3  # delta
-ROUNDING = 16.0  # times eps ||A||: values that differ by less are equal
 ROOM = 40  # rows of the basis of a search, where memory allows
 
 
@@ -68,17 +67,17 @@ class Outside:
 
 
 def search(
-    lanczos: Lanczos, theta: Array, which: str, tol: float, width: int, room: int, budget: int
+    lanczos: Lanczos, theta: Array, which: str, tol: float, width: int, budget: int
 ) -> tuple[Tensor, bool]:
     """Look for eigenpairs outside the basis that are more wanted than ``theta``.
 
     Args:
-        lanczos: the run whose pairs these are; it stays as it is.
+        lanczos: the run whose pairs these are; it stays as it is. The basis of the search takes no
+            more rows than its own leaves, but 4 in any case.
         theta: eigenvalues of the wanted pairs, in the order of results.
         which: as in eigsh.
         tol: as in eigsh; values within tol of one of theta are not more wanted.
         width: random vectors to start from.
-        room: rows that the basis of the search may have; it takes 4 in any case.
         budget: products that may have been made at the end.
 
     Returns:
@@ -87,19 +86,19 @@ def search(
     """
     products, basis = lanczos.products, lanczos.basis
     left = products.size - basis.count
-    width = min(width, left, max(1, room // 4))
+    limit = min(left, max(lanczos.room, 4))
+    width = min(width, max(1, limit // 4))
     outside = Outside(products, basis.rows)
     source = ProbeSource(width, "normal", lanczos.seed, 2**29 + products.num_matvecs)
     start = outside.project(probe_rows(source, products.size, basis.rows.dtype, products.device))
-    rows = min(left, max(room, 4))
-    run = Lanczos(Products(outside), start, lanczos.seed, rows, rows, lanczos.scale)
+    run = Lanczos(Products(outside), start, lanczos.seed, min(ROOM, limit), limit, lanczos.scale)
     low, high = unwanted(theta, which)
     steps, log = 0, math.log(1.648 * math.sqrt(left) / FAILURE)
     while products.num_matvecs + run.next_size <= budget:
         run.step()
         steps += 1
         mu, S, residuals = run.ritz()
-        rounding = ROUNDING * run.floor
+        rounding = RELATIVE_NOISE * run.floor
         found = mu > high + max(tol * abs(high), rounding)
         found |= mu < low - max(tol * abs(low), rounding)
         if found.any():
